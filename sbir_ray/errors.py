@@ -1,0 +1,28 @@
+"""Errors that a user can act on, and the exit codes they end in.
+
+Bad input ends in one line that says what is wrong, where, and what to do. Everything else is a
+fault of the program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class SbirError(Exception):
+    """Base of the errors that are shown to the user as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(SbirError):
+    """Input, configuration or a command line that has to be changed by the user.
+
+    The message names the file or setting and the fix.
+    """
+
+    exit_code = 2
+
+
+class DamagedError(SbirError):
+    """A file that this program wrote is incomplete or was changed: the message says which."""
+
+    exit_code = 3

@@ -1,0 +1,1 @@
+"""The networks: backbone, retrieval network F, generator G and pair discriminator D."""

@@ -1,0 +1,150 @@
+"""Pictures for the report: photos as data URIs, sketches as SVG paths, curves as inline SVG."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from PIL import Image
+
+Floats = NDArray[np.float64]
+
+THUMBNAIL = 144
+"""Longest side of an embedded photo, pixels: sharp at 72 CSS pixels on a dense screen."""
+MAX_POINTS = 300
+"""Points of a curve that are drawn; a longer one is averaged over windows."""
+DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 3)))
+"""Line styles, so that lines are told apart without colour too."""
+SVG_DASHES = ("none", "9 3.6", "2.7 2.7", "10.8 3.6 2.7 3.6", "16 5.4")
+"""The same for the page's legend."""
+COLOURS = 5
+"""Colours of the page, ``--line-1`` to ``--line-5``."""
+
+_NICE = [1, 2, 2.5, 5, 10]
+# Written by matplotlib and then replaced by the page's own colours, which follow its dark mode.
+_TEXT, _RULE = "#010203", "#010204"
+_LINES = tuple(f"#01020{5 + i}" for i in range(COLOURS))
+
+
+def photo_uri(rgb: NDArray[np.uint8]) -> str:
+    """A WebP thumbnail of a photo, uint8 (H, W, 3), as a data URI."""
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, "WEBP", quality=78, method=4)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def sketch_path(strokes: Sequence[NDArray[np.float32]]) -> str:
+    """The ``d`` of one SVG path for all strokes, in whole canvas units (a third of a CSS pixel).
+
+    Points are rounded before their differences are taken, so that errors do not add up.
+    """
+    parts: list[str] = []
+    at = np.zeros(2, dtype=np.int64)
+    for stroke in strokes:
+        points = np.rint(np.asarray(stroke, dtype=np.float64)).astype(np.int64)
+        steps = np.diff(points, axis=0)
+        steps = steps[np.any(steps != 0, axis=1)]
+        parts.append(f"m{_pair(points[0] - at)}")
+        parts.append("l" + " ".join(map(_pair, steps)) if len(steps) else "h0")
+        at = points[0] + steps.sum(axis=0)
+    return "".join(parts)
+
+
+def _pair(xy: NDArray[np.int64]) -> str:
+    x, y = int(xy[0]), int(xy[1])
+    return f"{x}{y}" if y < 0 else f"{x} {y}"
+
+
+class Line(NamedTuple):
+    """One curve of a panel."""
+
+    colour: int
+    """Which of the page's colours and dashes, counted from 0 and around."""
+    steps: Floats
+    """(n,)"""
+    values: Floats
+    """(n,); one that is not finite leaves a gap."""
+
+
+def curve_panel(title: str, lines: Sequence[Line], percent: bool) -> str:
+    """One panel of learning curves as an SVG element without a fixed size.
+
+    Args:
+        title: names the panel (and keeps the ids of two panels apart).
+        percent: the values are shares in [0, 1], shown as per cent.
+    """
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "font.family": "DejaVu Sans",
+        "font.size": 11.5,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(5.6, 3.1), layout="constrained")
+        figure.patch.set_visible(False)
+        axes = figure.add_subplot()
+        axes.patch.set_visible(False)
+        for line in lines:
+            x, y = thin(line.steps, line.values)
+            axes.plot(
+                x,
+                y * (100 if percent else 1),
+                color=_LINES[line.colour % COLOURS],
+                linestyle=DASHES[line.colour % len(DASHES)],
+                linewidth=1.8,
+                marker="o" if len(x) < 15 else "",
+                markersize=4,
+            )
+        axes.grid(axis="y", color=_RULE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, colors=_TEXT, pad=5)
+        axes.spines[:].set_visible(False)
+        axes.spines["bottom"].set(visible=True, color=_RULE, linewidth=0.8)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_NICE))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_NICE))
+        axes.set_xlim(left=0)
+        if all((line.values[np.isfinite(line.values)] >= 0).all() for line in lines):
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel("step", color=_TEXT)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return _for_page(stream.getvalue())
+
+
+def thin(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
+    """At most :data:`MAX_POINTS` points: means over windows of equal length."""
+    window = -(-len(steps) // MAX_POINTS)
+    if window <= 1:
+        return steps, values
+    starts = np.arange(0, len(steps), window)
+    counts = np.diff(np.append(starts, len(steps)))
+    return np.add.reduceat(steps, starts) / counts, np.add.reduceat(values, starts) / counts
+
+
+def _for_page(svg: str) -> str:
+    """The bare element: no size, no ids that could meet another panel's, the page's fonts."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.S)  # It would style the whole page.
+    used = set(re.findall(r"#([\w-]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)  # Not needed within HTML.
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.S)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", svg)
+    svg = svg.replace(_TEXT, "var(--soft)").replace(_RULE, "var(--rule)")
+    for i, colour in enumerate(_LINES):
+        svg = svg.replace(colour, f"var(--line-{i + 1})")
+    svg = svg.replace("<svg ", '<svg class="plot" aria-hidden="true" ', 1)
+    return re.sub(r"\s*\n\s*", "\n", svg).strip()

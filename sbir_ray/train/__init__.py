@@ -1,0 +1,1 @@
+"""Ray Train: workers, tasks, checkpoints, resume."""

@@ -1,0 +1,177 @@
+"""Ray Train runs jobs one after another in one group of workers.
+
+What a run has reached is on storage and nowhere else: a worker group that Ray starts again after a
+death, and the same command repeated, both go on from the newest checkpoint of the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sbir_ray.errors import SbirError, UserError
+from sbir_ray.runlog import Progress
+from sbir_ray.stream.cluster import connect, ensure_fits
+from sbir_ray.train.ranks import Ranks
+from sbir_ray.train.tasks import Job
+
+MESSAGES = "messages.log"
+_POLL = 0.5
+
+
+def train(
+    jobs: Sequence[Job],
+    *,
+    workers: int = 1,
+    gpu: bool = False,
+    cpus_per_worker: float = 1.0,
+    address: str | None = None,
+    progress: Callable[[str], Progress] | None = None,
+) -> list[dict[str, Any]]:
+    """Train ``jobs`` one after another on ``workers`` Ray Train workers, each to its run folder.
+
+    Args:
+        workers: processes that share each batch; 0: this process, without Ray.
+        address: the Ray cluster, see :func:`sbir_ray.stream.cluster.connect`.
+        progress: makes a progress line from a title, one for each job.
+
+    Returns:
+        The last evaluation of each job.
+
+    Raises:
+        SbirError: what a worker found wrong, in its words.
+    """
+    for job in jobs:
+        Path(job.out).mkdir(parents=True, exist_ok=True)
+    stop = threading.Event()
+    follower = threading.Thread(target=_follow, args=(jobs, progress, stop), daemon=True)
+    if progress is not None:
+        follower.start()
+    try:
+        if workers == 0:
+            return _run(jobs, gpu, Ranks())
+        with connect(address):
+            ensure_fits(cpus_per_worker, float(gpu), workers, what="--workers")
+            return _with_ray(jobs, workers, gpu, cpus_per_worker)
+    finally:
+        stop.set()
+        if progress is not None:
+            follower.join()
+
+
+def _with_ray(
+    jobs: Sequence[Job], workers: int, gpu: bool, cpus_per_worker: float
+) -> list[dict[str, Any]]:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    storage = Path(jobs[0].out).resolve() / "ray"
+    resources = {"CPU": cpus_per_worker, **({"GPU": 1.0} if gpu else {})}
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"jobs": list(jobs), "gpu": gpu, "threads": math.ceil(cpus_per_worker)},
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=gpu, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=600),
+        # A name used twice would make Ray go on with its own idea of the old run.
+        run_config=RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=2, controller_failure_limit=3),
+        ),
+    )
+    answer = trainer.fit().return_value
+    shutil.rmtree(storage, ignore_errors=True)
+    if "error" in answer:
+        raise (UserError if answer["user"] else SbirError)(answer["error"])
+    results: list[dict[str, Any]] = answer["results"]
+    return results
+
+
+def _worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker runs; errors that the user has to see are handed back, since Ray
+    would repeat them and bury the line in a traceback."""
+    import ray.train
+    import torch
+
+    context = ray.train.get_context()
+    torch.set_num_threads(settings["threads"])
+    try:
+        ranks = Ranks(context.get_world_rank(), context.get_world_size())
+        return {"results": _run(settings["jobs"], settings["gpu"], ranks)}
+    except SbirError as error:
+        return {"error": str(error), "user": isinstance(error, UserError)}
+
+
+def _run(jobs: Sequence[Job], gpu: bool, ranks: Ranks) -> list[dict[str, Any]]:
+    import torch
+
+    from sbir_ray.train.loop import fit
+
+    device = torch.device("cuda" if gpu else "cpu")
+    results = []
+    for job in jobs:
+
+        def say(line: str, job: Job = job) -> None:
+            if ranks.rank == 0:
+                with (Path(job.out) / MESSAGES).open("a") as stream:
+                    stream.write(line + "\n")
+
+        results.append(fit(job, ranks, device, say))
+    return results
+
+
+def _follow(
+    jobs: Sequence[Job], progress: Callable[[str], Progress] | None, stop: threading.Event
+) -> None:
+    """Show the lines that rank 0 writes to the run folders, wherever it runs."""
+    assert progress is not None
+    for job in jobs:
+        run = Path(job.out)
+        title = f"train {job.kind} {run.name}"
+        seen = {name: _size(run / name) for name in ("metrics.jsonl", MESSAGES)}
+        with progress(title) as bar:
+            finished = False
+            while not finished:
+                finished = stop.wait(_POLL)
+                for line in _fresh(run / MESSAGES, seen):
+                    bar.say(line)
+                for line in _fresh(run / "metrics.jsonl", seen):
+                    entry = json.loads(line)
+                    bar.update(entry["step"], entry["steps"], _summary(entry))
+                    finished |= entry["step"] == entry["steps"] and entry["kind"] == "step"
+        if stop.is_set():
+            return
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _fresh(file: Path, seen: dict[str, int]) -> list[str]:
+    """Whole lines appended to ``file`` since the last call."""
+    if not file.exists():
+        return []
+    if _size(file) < seen[file.name]:  # the log was cut back to the resumed step
+        seen[file.name] = 0
+    with file.open("rb") as stream:
+        stream.seek(seen[file.name])
+        data = stream.read()
+    whole = data[: data.rfind(b"\n") + 1]
+    seen[file.name] += len(whole)
+    return whole.decode().splitlines()
+
+
+def _summary(entry: dict[str, Any]) -> str:
+    hidden = {"kind", "step", "steps", "seconds", "steps_per_second", "gradient_norm"}
+    shown = {k: v for k, v in entry.items() if k not in hidden}
+    if entry["kind"] == "evaluation":
+        shown = {k: v for k, v in shown.items() if k in ("acc@1", "acc@10", "offset", "pen")}
+    return " ".join(f"{k} {v:.3f}" for k, v in shown.items())

@@ -1,0 +1,176 @@
+"""Two workers compute what one computes, and a run that was stopped is the run that was not."""
+
+import dataclasses
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+
+from sbir_ray import checkpoint
+from sbir_ray.config import OptimConfig
+from sbir_ray.errors import SbirError, UserError
+from sbir_ray.train import loop
+from sbir_ray.train.loop import fit, learning_rate
+from sbir_ray.train.ranks import Ranks
+from sbir_ray.train.tasks import Job
+from tests.tiny import generator_config, retrieval_config, tiny_pairs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return tiny_pairs(tmp_path_factory.mktemp("tiny") / "pairs")
+
+
+def job_of(kind, out, pairs, **more):
+    config = retrieval_config() if kind == "retrieval" else generator_config()
+    return Job(kind, str(out), config, {"pairs": str(pairs), **more})
+
+
+def gradients(job, ranks):
+    """Losses and gradients of the first step, summed over the ranks."""
+    task = loop.build(job, ranks, CPU)
+    task.trained.train()
+    losses = task.losses(task.batch(0), 0)
+    losses["loss"].backward()
+    named = [(n, p) for n, p in task.trained.named_parameters() if p.requires_grad]
+    ranks.sum_gradients([p for _, p in named])
+    found = {f"loss {k}": v.detach().clone() for k, v in losses.items()}
+    found.update({f"gradient {n}": p.grad.clone() for n, p in named if p.grad is not None})
+    return found
+
+
+def _worker(rank, world, port, jobs, out):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        for number, job in enumerate(jobs):
+            found = gradients(job, Ranks(rank, world))
+            save_file(found, out / f"{number}-{rank}.safetensors")
+    finally:
+        dist.destroy_process_group()
+
+
+def in_processes(jobs, out, world=2):
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_worker, (world, port, jobs, out), nprocs=world)
+    return [
+        [load_file(out / f"{number}-{rank}.safetensors") for rank in range(world)]
+        for number in range(len(jobs))
+    ]
+
+
+def weights(run):
+    return checkpoint.load(Path(run)).model
+
+
+def test_two_workers_have_the_losses_and_gradients_of_one(tmp_path, pairs):
+    generator = job_of("generator", tmp_path / "g", pairs)
+    fit(generator, Ranks(), CPU, lambda _: None)
+    jobs = [
+        job_of("retrieval", tmp_path / "f", pairs),
+        generator,
+        job_of("discriminator", tmp_path / "d", pairs, generator=generator.out),
+    ]
+    for job, two in zip(jobs, in_processes(jobs, tmp_path / "two"), strict=True):
+        one = gradients(job, Ranks())
+        for rank in two:
+            assert rank.keys() == one.keys()
+            for key, value in one.items():
+                scale = max(float(value.abs().max()), 1e-6)
+                assert float((rank[key] - value).abs().max()) <= 1e-3 * scale, (job.kind, key)
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "generator"])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, pairs, kind, monkeypatch):
+    straight, stopped = job_of(kind, tmp_path / "a", pairs), job_of(kind, tmp_path / "b", pairs)
+    fit(straight, Ranks(), CPU, lambda _: None)
+    save = checkpoint.save
+
+    def killed_after(run, step, *rest):
+        save(run, step, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopped, Ranks(), CPU, lambda _: None)
+    monkeypatch.setattr(checkpoint, "save", save)
+    said = []
+    fit(stopped, Ranks(), CPU, said.append)
+    assert "resumed at step 2" in said[0]
+    one, two = weights(straight.out), weights(stopped.out)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    steps = [json.loads(x)["step"] for x in (tmp_path / "b/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 4]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, pairs):
+    job = job_of("retrieval", tmp_path / "a", pairs)
+    result = fit(job, Ranks(), CPU, lambda _: None)
+    said = []
+    assert fit(job, Ranks(), CPU, said.append) == result
+    assert "finished before" in said[0]
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path, pairs):
+    job = job_of("retrieval", tmp_path / "a", pairs)
+    fit(job, Ranks(), CPU, lambda _: None)
+    other = dataclasses.replace(job, config=retrieval_config(steps=6))
+    with pytest.raises(UserError, match="other settings or inputs"):
+        fit(other, Ranks(), CPU, lambda _: None)
+
+
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(tmp_path, pairs, monkeypatch):
+    job = job_of("retrieval", tmp_path / "a", pairs)
+    before = {}
+    build = loop.build
+
+    def poisoned(*args):
+        task = build(*args)
+        losses = task.losses
+        before.update({k: v.clone() for k, v in task.trained.state_dict().items()})
+
+        def bad(batch, step):
+            return {k: v * float("nan") for k, v in losses(batch, step).items()}
+
+        task.losses = bad
+        return task
+
+    monkeypatch.setattr(loop, "build", poisoned)
+    said = []
+    fit(job, Ranks(), CPU, said.append)
+    assert len(said) == 4
+    assert "step 0, rank 0: loss, labelled not finite" in said[0]
+    after = weights(job.out)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    long = dataclasses.replace(job, out=str(tmp_path / "b"), config=retrieval_config(steps=30))
+    with pytest.raises(SbirError, match="10 steps in a row were not finite"):
+        fit(long, Ranks(), CPU, said.append)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(tmp_path, pairs):
+    with pytest.raises(UserError, match=r"optim\.batch_size: 4 rows cannot be divided among 3"):
+        loop.build(job_of("retrieval", tmp_path / "a", pairs), Ranks(0, 3), CPU)
+
+
+def test_the_rate_rises_and_falls_once():
+    optim = OptimConfig(steps=100, lr=1e-3)
+    rates = [learning_rate(step, optim) for step in range(100)]
+    assert max(rates) == pytest.approx(1e-3, rel=1e-3)
+    assert rates[0] == pytest.approx(4e-5)
+    assert rates[-1] < 2e-6
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert learning_rate(50, OptimConfig(lr=1e-3, schedule="constant")) == 1e-3
