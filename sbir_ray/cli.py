@@ -271,7 +271,7 @@ def check_command(source: Path, as_json: bool) -> None:
 @click.argument("source", metavar="PAIRS", type=_FOLDER)
 @click.option(
     "--labels",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
     required=True,
     help="Share of the training photos that keep their sketches.",
 )

@@ -60,8 +60,8 @@ WORKERS = 2
 class Plan:
     """Sizes of a demo."""
 
-    emoji: int
-    """Pairs to import, at most."""
+    every: int
+    """Every N-th emoji is read."""
     test_fraction: float
     labels: float
     """Share of the training photos that keep their sketches."""
@@ -103,7 +103,7 @@ def _generator(steps: int, batch: int, size: int, critic_steps: int) -> Generato
 
 
 FULL = Plan(
-    emoji=2000,
+    every=1,
     test_fraction=0.15,
     labels=0.15,
     retrieval=_retrieval(steps=120, batch=32, size=64),
@@ -119,7 +119,7 @@ FULL = Plan(
     },
 )
 QUICK = Plan(
-    emoji=160,
+    every=10,
     test_fraction=0.25,
     labels=0.3,
     retrieval=_retrieval(steps=8, batch=8, size=64),
@@ -247,18 +247,18 @@ class _Stages:
 
 
 def _make_pairs(out: Path, plan: Plan, seed: int) -> None:
-    if not (out / "pairs" / "all").exists():
+    if not (out / "all").exists():
         import_pairs(
             PACKAGE,
             "openmoji",
-            out / "pairs" / "all",
+            out / "all",
             ImportOptions(
-                source=SourceOptions(limit=plan.emoji),
+                source=SourceOptions(every=plan.every),
                 splits=SplitOptions(test_fraction=plan.test_fraction, seed=seed),
             ),
         )
-    if not (out / "pairs" / "labelled").exists():
-        split_labels(out / "pairs" / "all", plan.labels, seed, out / "pairs")
+    if not (out / "pairs").exists():
+        split_labels(out / "all", plan.labels, seed, out / "pairs")
 
 
 def _supervised(out: Path, plan: Plan) -> list[Job]:
@@ -291,7 +291,7 @@ def _semi(out: Path, plan: Plan) -> list[Job]:
             "retrieval",
             str(runs / "ceiling"),
             plan.retrieval,
-            {"pairs": str(out / "pairs" / "all")},
+            {"pairs": str(out / "all")},
         ),
     ]
 
@@ -349,7 +349,7 @@ def _results(
     out: Path, found: dict[str, Evaluation], differences: dict[str, Difference], size: int
 ) -> list[report.Result]:
     labelled = len(PairSet.load(out / "pairs" / "labelled", "train", size).drawn_photos)
-    whole = len(PairSet.load(out / "pairs" / "all", "train", size).drawn_photos)
+    whole = len(PairSet.load(out / "all", "train", size).drawn_photos)
     drawn = {
         "semi": len(PseudoSet.load(out / "pseudo-generator", size).sketches),
         "contours": len(PseudoSet.load(out / "pseudo-contours", size).sketches),

@@ -70,14 +70,14 @@ def read_openmoji(src: Path, options: SourceOptions) -> Found:
     Raises:
         UserError: the package is not installed, or the folder has no such files.
     """
-    if options != SourceOptions():
+    if options != SourceOptions(every=options.every):
         raise UserError("the openmoji layout takes no photo, sketch or pair paths; leave them out")
     # Imported late: the renderer comes with the demo's package alone.
     from sbir_ray.data.openmoji import openmoji
 
     found = Found()
     skipped: Counter[str] = Counter()
-    for emoji in openmoji(None if str(src) == PACKAGE else src, skipped):
+    for emoji in openmoji(None if str(src) == PACKAGE else src, skipped, options.every):
         uri = f"openmoji:{emoji.name}"
         row = partial(_emoji_row, emoji.photo, emoji.name, uri)
         found.photos.append(SourcePhoto(emoji.name, uri, None, row, emoji.group))

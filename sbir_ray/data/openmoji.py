@@ -60,7 +60,7 @@ class Emoji(NamedTuple):
 
 
 def openmoji(
-    folder: str | Path | None = None, skipped: Counter[str] | None = None
+    folder: str | Path | None = None, skipped: Counter[str] | None = None, every: int = 1
 ) -> Iterator[Emoji]:
     """The emoji that make a pair, in the order of their code points.
 
@@ -71,12 +71,13 @@ def openmoji(
 
     Args:
         folder: with the SVG files; None for the installed package's.
+        every: read every N-th file alone.
 
     Raises:
         UserError: the package is not installed, or the folder has no SVG files.
     """
     skipped = Counter() if skipped is None else skipped
-    files = sorted(_folder(folder).glob("*.svg"), key=lambda file: _codes(file.stem))
+    files = sorted(_folder(folder).glob("*.svg"), key=lambda file: _codes(file.stem))[::every]
     if not files:
         raise UserError(f"{folder}: has no SVG files; give the folder with OpenMoji's colour SVGs")
     seen: set[bytes] = set()

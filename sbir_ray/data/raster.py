@@ -26,7 +26,8 @@ TOLERANCE = 1
 """Largest difference, of 255, between :func:`rasterise` and :func:`rasterise_reference`."""
 
 _AT_ONCE = 32_768
-"""Pixels of the runs evaluated at a time: few enough for the cache, enough to hide numpy's cost per call."""
+"""Steps of runs evaluated at a time: few enough for the cache, enough to hide numpy's cost of a
+call."""
 
 
 # --------------------------------------------------------------------------- hard raster

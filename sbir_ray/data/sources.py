@@ -128,6 +128,8 @@ class SourceOptions:
     sketches: Path | None = None
     pairs: Path | None = None
     """CSV with the columns photo, sketch and, if wanted, split."""
+    every: int = 1
+    """openmoji: read every N-th emoji alone."""
 
 
 class DisagreementError(UserError):

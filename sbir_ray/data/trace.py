@@ -42,11 +42,13 @@ _FAINT = 0.05
 ones have to be larger."""
 _SPECK = 3
 """Strokes that extend over less, in pixels, are specks."""
+_TOUCHING = 3
+"""Pixels between two nodes up to which they are one in any case."""
 _TANGENT = 7
 """Pixels over which the direction of a chain's end is taken."""
-_TURN = math.cos(math.radians(50))
-_JOIN_TURN = math.cos(math.radians(40))
-"""Cosines of the sharpest turns at which chains go on through a node, and across a gap."""
+_TURN, _JOIN_TURN, _FAN = np.cos(np.radians([50.0, 40.0, 65.0])).tolist()
+"""Cosines of the sharpest turns at which a stroke goes on through a node and across a gap, and at
+which chains fan out from the one that crossing lines share."""
 _PAPER = 8
 """Range of grey levels below which a drawing is blank."""
 
@@ -77,7 +79,7 @@ def trace_drawing(grey: NDArray[np.uint8]) -> Strokes:
         ink = ~ink
     lines = _thin(ink)
     thickness = float(ink.sum() / lines.sum())
-    smooth = [_smooth(chain) for chain in _follow(lines, spur=thickness + 1, bridge=2 * thickness)]
+    smooth = [_smooth(chain) for chain in _follow(lines, spur=thickness + 1, bridge=5 * thickness)]
     joined = _join(smooth, gap=thickness + 2)
     return _sketch(joined, [_length(line) for line in joined], MAX_POINTS)
 
@@ -102,7 +104,7 @@ def trace_photo(rgb: NDArray[np.uint8], max_points: int = MAX_POINTS) -> Strokes
     if not found.any():
         return []
     strong = float(np.quantile(strength[found], 0.9))
-    lines = _join([_smooth(chain) for chain in _follow(found, spur=4, bridge=3)], gap=6)
+    lines = _join([_smooth(chain) for chain in _follow(found, spur=4, bridge=_TOUCHING)], gap=6)
     weights = [_extent(line) * math.sqrt(_contrast(line, strength) / strong) for line in lines]
     least = _FAINT * max(found.shape)
     visible = [n for n, weight in enumerate(weights) if weight > least]
@@ -154,46 +156,55 @@ def _thin(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _follow(lines: NDArray[np.bool_], spur: float, bridge: float) -> list[Chain]:
     """The strokes of thinned lines (H, W), pixel by pixel.
 
-    Side branches of at most ``spur`` pixels that end freely are thinning's own and are left out;
-    nodes at most ``bridge`` pixels apart are one (two lines that cross at a small angle share a
-    few pixels).
+    Side branches of at most ``spur`` pixels that end freely are thinning's own and are left out.
+    Lines that cross share up to ``bridge`` pixels, more the smaller the angle: the chain between
+    two nodes that fan out from it, which thus are one.
     """
     place = np.argwhere(lines)
     neighbours = _neighbours(lines, place)
     node_of = _nodes(neighbours)
-    chains = _chains(neighbours, node_of)
-    degree = [len(n) for n in neighbours]
-    kept: list[list[int]] = []
-    same: dict[int, int] = {}  # node -> the node it is one with, of at most two
 
-    def node(pixel: int) -> int:
-        found = node_of.get(pixel, -1 - pixel)  # a loop without a node has one of its own
-        return same.get(found, found)
+    def free(pixel: int) -> bool:
+        return len(neighbours[pixel]) == 1
 
-    for chain in chains:
-        free = degree[chain[0]] == 1, degree[chain[-1]] == 1
-        first, last = node(chain[0]), node(chain[-1])
-        if len(chain) - 1 <= spur and free[0] != free[1]:
-            continue
-        inner = not any(free) and first != last
-        if inner and len(chain) - 1 <= bridge and not {first, last} & same.keys():
-            same[first] = same[last] = first
-            continue
-        kept.append(chain)
-    meeting: dict[int, list[int]] = {}
-    for number, chain in enumerate(kept):
-        for end in (0, 1):
-            meeting.setdefault(node(chain[-1 if end else 0]), []).append(2 * number + end)
-    paths = [place[chain] for chain in kept]
+    chains = [
+        chain
+        for chain in _chains(neighbours, node_of)
+        if len(chain) - 1 > spur or free(chain[0]) == free(chain[-1])
+    ]
+    paths = [place[chain] for chain in chains]
     outward = [_outward(path, end) for path in paths for end in (0, 1)]
+    node = [node_of.get(chain[end], -1 - chain[end]) for chain in chains for end in (0, -1)]
+    meeting: dict[int, set[int]] = {}  # node -> the ends that meet there, 2 * chain + (0 or 1)
+    for end, at in enumerate(node):
+        meeting.setdefault(at, set()).add(end)
+
+    def straight(one: int, other: int) -> float:
+        return -float(outward[one] @ outward[other])
+
+    merged: set[int] = set()
+    for number, chain in enumerate(chains):
+        ends = 2 * number, 2 * number + 1
+        nodes = node[ends[0]], node[ends[1]]
+        if len(chain) - 1 > bridge or nodes[0] == nodes[1] or merged & {*nodes}:
+            continue
+        others = [meeting[at] - {end} for end, at in zip(ends, nodes, strict=True)]
+        fan_out = all(
+            len(side) > 1 and all(straight(end, e) > _FAN for e in side)
+            for end, side in zip(ends, others, strict=True)
+        )
+        if fan_out or (len(chain) - 1 <= _TOUCHING and not free(chain[0])):
+            merged |= {*nodes}
+            meeting[nodes[0]], meeting[nodes[1]] = others[0] | others[1], set()
+            paths[number] = paths[number][:0]
     bonds: dict[int, int] = {}
     for ends_here in meeting.values():
         least = -1.0 if len(ends_here) == 2 else _TURN
-        turns = [(float(-outward[i] @ outward[j]), i, j) for i, j in combinations(ends_here, 2)]
-        for straight, i, j in sorted(turns, key=lambda t: -t[0]):
-            if straight >= least and i not in bonds and j not in bonds:
+        turns = [(straight(i, j), i, j) for i, j in combinations(sorted(ends_here), 2)]
+        for turn, i, j in sorted(turns, key=lambda t: -t[0]):
+            if turn >= least and i not in bonds and j not in bonds:
                 bonds[i], bonds[j] = j, i
-    return _concatenate(paths, bonds)
+    return [stroke for stroke in _concatenate(paths, bonds) if len(stroke)]
 
 
 def _neighbours(lines: NDArray[np.bool_], place: NDArray[np.intp]) -> list[list[int]]:

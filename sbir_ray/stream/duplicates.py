@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from sbir_ray.data import leaks, pairs, photos
-from sbir_ray.data.pairs import PairPhotoRow
+from sbir_ray.data.photos import PhotoRow
 
 LEAK_BITS = 2
 """Largest distance of perceptual hashes at which a photo is that of an excluded one, in any colour;
@@ -42,7 +40,7 @@ class Forbidden:
         ]
         return cls(prints, np.array([p.phash for p in prints], np.int64))
 
-    def leak_of(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
+    def leak_of(self, row: PhotoRow) -> tuple[str, str] | None:
         """(reason, text) when the photo is one of these, whatever its name; else None."""
         if not self.prints:
             return None
@@ -50,14 +48,14 @@ class Forbidden:
         mine: leaks.Print | None = None
         for index in np.argsort(distance, kind="stable").tolist():
             other = self.prints[index]
-            where = f"{other.name!r} ({other.split})"
+            where = repr(other.name)
             if row["photo_id"] == other.photo_id:
                 return "same-file", f"the same file as {where}"
             if distance[index] <= LEAK_BITS:
                 return "near", f"nearly the same as {where}"
             if distance[index] > leaks.NEAR_BITS:
                 break
-            mine = mine or leaks.print_of(cast(PairPhotoRow, {**row, "split": "train"}))
+            mine = mine or leaks.print_of(row)
             if leaks.difference(mine, other) <= leaks.NEAR_SHARE:
                 return "near", f"nearly the same as {where}"
         return None

@@ -7,6 +7,7 @@ the same call is repeated after a kill. Only the accounts of rows come back to t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -47,7 +48,7 @@ _DRAWN_SCHEMA = PSEUDO_SCHEMA.append(pa.field("block", pa.int64())).append(
 def sketch(
     photos: Path,
     out: Path,
-    sketcher: str,
+    sketcher: str | SketcherSpec,
     config: SketchConfig | None = None,
     *,
     actors: tuple[int, int] = (1, 2),
@@ -63,7 +64,7 @@ def sketch(
     Args:
         photos: PHOTOS folder.
         out: PSEUDO folder to write; appears when it is whole.
-        sketcher: ``contours``, ``edges`` or a generator's RUN folder.
+        sketcher: ``contours``, ``edges`` or a generator's RUN folder; or how to make another one.
         actors: least and most processes that draw.
         cpus_per_actor, gpus_per_actor: of each; a GPU may be shared.
         progress: makes a progress line from a title.
@@ -78,15 +79,19 @@ def sketch(
     """
     config = config or SketchConfig()
     quiet_data()
-    spec = SketcherSpec(
-        # Actors run in other folders.
-        source=os.path.abspath(sketcher) if os.path.isdir(sketcher) else sketcher,
-        temperature=config.temperature,
-        device="cuda" if gpus_per_actor else "cpu",
-        threads=max(1, int(cpus_per_actor)),
+    spec = (
+        sketcher
+        if isinstance(sketcher, SketcherSpec)
+        else SketcherSpec(
+            # Actors run in other folders.
+            source=os.path.abspath(sketcher) if os.path.isdir(sketcher) else sketcher,
+            temperature=config.temperature,
+            device="cuda" if gpus_per_actor else "cpu",
+            threads=max(1, int(cpus_per_actor)),
+        )
     )
-    # On a CPU: the driver need not have a GPU.
-    author = SketcherSpec(spec.source, spec.temperature).make()
+    # The driver need not have a GPU.
+    author = dataclasses.replace(spec, device="cpu").make()
     _refuse_without_effect(config, author)
     least, most = actors
     if not 1 <= least <= most:

@@ -46,7 +46,7 @@ def pillow(batch: list[Strokes], size: int) -> NDArray[np.uint8]:
         draw = ImageDraw.Draw(image)
         for stroke in strokes:
             draw.line((stroke * (size / CANVAS)).ravel().tolist(), fill=255, width=width)
-        place[:] = image
+        place[:] = np.asarray(image)
     return drawn
 
 

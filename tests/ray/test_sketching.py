@@ -1,0 +1,213 @@
+"""Pseudo sketches: the same rows by any number of actors, every photo accounted for, resumed."""
+
+import dataclasses
+import io
+import os
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from ray import cloudpickle
+from tests.tiny import photo
+
+from sbir_ray.config import SketchConfig
+from sbir_ray.data import photos
+from sbir_ray.data.strokes import canonical
+from sbir_ray.errors import SbirError, UserError
+from sbir_ray.runlog import Ledger, Progress
+from sbir_ray.stream.ingest import ingest
+from sbir_ray.stream.pseudo_store import PseudoSet, iter_rows, read_header
+from sbir_ray.stream.sketchers import Drawn, SketcherSpec
+from sbir_ray.stream.sketching import filter_reason, plan_blocks, row_seed, sketch
+
+# Workers cannot import this file.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+PHOTOS = 21
+
+
+class Fake:
+    """Draws as many points as the seed says; on photos that look like one of ``plans``, worse."""
+
+    name, version, digest, image_size, judged = "fake", 3, "f00d", 32, True
+
+    def __init__(self, plans):
+        self.config = {}
+        self.plans = plans
+
+    def draw(self, photos_BHW3, seeds):
+        return [self._one(p, seed) for p, seed in zip(photos_BHW3, seeds, strict=True)]
+
+    def _one(self, rgb, seed):
+        plan = self.plans.get(rgb.tobytes(), "draw")
+        if plan == "raise":
+            raise ArithmeticError("no\nsketch")
+        if plan == "die":
+            os._exit(1)
+        if plan == "nothing":
+            return Drawn([])
+        rng = np.random.default_rng(seed)
+        strokes = canonical([rng.random((4 + seed % 9, 2)) for _ in range(1 + seed % 3)])
+        return Drawn(strokes, float(np.float32(rng.random())), -float(rng.random()))
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeSpec(SketcherSpec):
+    plans: tuple[tuple[bytes, str], ...] = ()
+
+    def make(self):
+        return Fake(dict(self.plans))
+
+
+def aligned(number):
+    return photos.align(photos.decode_stored(photos.encode_jpeg(photo(number))), 32).tobytes()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, cluster):
+    folder = tmp_path_factory.mktemp("sketching")
+    for number in range(PHOTOS):
+        out = io.BytesIO()
+        Image.fromarray(photo(number)).save(out, "PNG")
+        (folder / f"{number}.png").write_bytes(out.getvalue())
+    ingest([folder], folder / "store")
+    return folder / "store"
+
+
+def rows_of(out):
+    return {(row["photo_id"], row["seed"]): row for row in iter_rows(out, kept_only=False)}
+
+
+def test_the_same_rows_come_from_any_batches_and_actors(tmp_path, store):
+    config = SketchConfig(seed=5, samples=2, temperature=1.0, min_certainty=0.3, batch_size=2)
+    one = sketch(store, tmp_path / "one", FakeSpec("fake"), config, actors=(1, 1))
+    other = dataclasses.replace(config, batch_size=5)
+    two = sketch(store, tmp_path / "two", FakeSpec("fake"), other, actors=(2, 2))
+    assert one == two
+    rows = rows_of(tmp_path / "one")
+    assert len(rows) == 2 * PHOTOS
+    assert rows == rows_of(tmp_path / "two")
+
+    row = next(row for row in rows.values() if row["kept"])
+    assert row["seed"] in {row_seed(5, row["photo_id"], sample) for sample in (0, 1)}
+    assert (row["generator_version"], row["generator_digest"], row["round"]) == (3, "f00d", 0)
+    pictures = {r["photo_id"]: r["image"] for r in photos.read_store(store)}
+    assert row["image"] == pictures[row["photo_id"]]
+    kept = [row for row in rows.values() if row["certainty"] >= 0.3]
+    assert one.by_reason["filtered"] == {"min_certainty": 2 * PHOTOS - len(kept)}
+
+    loaded = PseudoSet.load(tmp_path / "two", 48)
+    assert len(loaded.sketches) == len(kept) == one.count("kept")
+    assert loaded.photos.shape == (len(loaded.photo_ids), 3, 48, 48)
+    for sketch_, place, sure in zip(
+        loaded.sketches, loaded.photo_of, loaded.certainty, strict=True
+    ):
+        mine = [row for row in kept if row["certainty"] == sure]
+        assert [row["photo_id"] for row in mine] == [loaded.photo_ids[place]]
+        np.testing.assert_array_equal(
+            np.concatenate([s.ravel() for s in sketch_]), np.concatenate(mine[0]["strokes"])
+        )
+
+
+def test_photos_that_fail_are_accounted_for_and_do_not_touch_the_others(tmp_path, store):
+    plans = ((aligned(3), "raise"), (aligned(7), "nothing"), (aligned(12), "die"))
+    spec = FakeSpec("fake", plans=plans)
+    ledger = sketch(store, tmp_path / "bad", spec, SketchConfig(batch_size=4), actors=(1, 1))
+    assert ledger.by_reason["failed"] == {
+        "error-ArithmeticError": 1,
+        "nothing-to-draw": 1,
+        "killed-its-process": 1,
+    }
+    assert (ledger.total, ledger.count("kept")) == (PHOTOS, PHOTOS - 3)
+    header = read_header(tmp_path / "bad")
+    assert Ledger.from_json("pseudo", header["ledger"], "pseudo.json") == ledger
+    good = sketch(store, tmp_path / "good", FakeSpec("fake"), SketchConfig(batch_size=4))
+    assert good.count("kept") == PHOTOS
+    expected = rows_of(tmp_path / "good")
+    for key, row in rows_of(tmp_path / "bad").items():
+        if row["kept"]:
+            assert row == expected[key]
+        else:
+            assert (row["strokes"], row["points"], row["certainty"]) == ([], 0, 0.0)
+    assert len(PseudoSet.load(tmp_path / "bad", 32, kept_only=False).sketches) == PHOTOS - 3
+
+
+class Stopped(Progress):
+    """Ends the run, as a user would, once some rows are written."""
+
+    def update(self, done, total=None, note=""):
+        if done:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_draws_only_what_is_left(tmp_path, store):
+    out, config = tmp_path / "out", SketchConfig(batch_size=4)
+    with pytest.raises(KeyboardInterrupt):
+        sketch(store, out, FakeSpec("fake"), config, actors=(1, 1), progress=Stopped)
+    assert not out.exists()
+    first = {f.name: f.stat().st_ino for f in tmp_path.glob("out.partial/round-0000/part-*")}
+    assert first
+    # What was half written must go, and be drawn again.
+    half = next(tmp_path.glob("out.partial/round-0000/part-*"))
+    pq.write_table(pq.read_table(half).slice(1), half)
+
+    ledger = sketch(store, out, FakeSpec("fake"), config, actors=(1, 1))
+
+    ledger.check()
+    assert ledger.count("kept") == PHOTOS
+    assert len(rows_of(out)) == PHOTOS
+    final = {f.name: f.stat().st_ino for f in out.glob("round-0000/part-*")}
+    assert len(final) == len(plan_blocks(store, 4))
+    again = {name for name, inode in first.items() if final.get(name) != inode}
+    assert again == {half.name}
+
+
+def test_a_sketcher_that_fails_on_everything_stops_the_run(tmp_path, store):
+    plans = tuple((aligned(number), "raise") for number in range(PHOTOS))
+    with pytest.raises(SbirError, match="drawings failed, most often by ArithmeticError: no sketch"):
+        sketch(store, tmp_path / "out", FakeSpec("fake", plans=plans))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("sketcher", "settings", "options", "message"),
+    [
+        ("contours", {"min_certainty": 0.5}, {}, "min_certainty=0.5: contours has no disc"),
+        ("contours", {"temperature": 1.0}, {}, "temperature=1: contours draws without chance"),
+        ("contours", {"samples": 2}, {}, "samples=2: at temperature=0"),
+        ("countours", {}, {}, "countours: no such run folder; name one, or contours, edges"),
+        ("contours", {}, {"actors": (50, 50)}, "--actors: 50 x"),
+        ("contours", {}, {"gpus_per_actor": 1.0}, "--actors: 1 x"),
+        ("contours", {}, {"actors": (2, 1)}, "--actors 2,1"),
+    ],
+)
+def test_what_cannot_be_or_has_no_effect_is_refused(
+    tmp_path, store, sketcher, settings, options, message
+):
+    with pytest.raises(UserError, match=message):
+        sketch(store, tmp_path / "out", sketcher, SketchConfig(**settings), **options)
+
+
+def test_each_filter_has_its_reason():
+    line = canonical([np.array([[0, 0], [9, 9], [9, 0.0]])] * 3)
+    drawn = Drawn(line, certainty=0.5, ended=False)
+    none = SketchConfig(min_points=9, max_points=9, max_strokes=3)
+    assert filter_reason(drawn, none) == ""
+    for reason, change in (
+        ("min_certainty", {"min_certainty": 0.51}),
+        ("min_points", {"min_points": 10}),
+        ("max_points", {"max_points": 8}),
+        ("max_strokes", {"max_strokes": 2}),
+        ("no-end", {"require_end": True}),
+    ):
+        assert filter_reason(drawn, dataclasses.replace(none, **change)) == reason
+
+
+def test_blocks_are_whole_batches_and_cover_every_photo(store):
+    for batch in (1, 4, 5, 32):
+        blocks = plan_blocks(store, batch)
+        assert all(block.rows % batch == 0 for block in blocks[:-1])
+        assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
+        assert sum(block.rows for block in blocks) == PHOTOS
