@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -538,7 +538,7 @@ def train_semi(
 def evaluate(
     run: Path,
     pairs_dir: Path,
-    split: str,
+    split: Literal["train", "val", "test"],
     gallery: Path | None,
     mirror: bool,
     per_query: bool,
@@ -576,9 +576,10 @@ def report(run: Path) -> None:
 
     Example: sbir-ray report runs/semi
     """
-    from sbir_ray.report import from_run, write_report
+    from sbir_ray.report import write_report
+    from sbir_ray.run_report import run_report
 
-    click.echo(write_report(run, from_run(run)))
+    click.echo(write_report(run, run_report(run)))
 
 
 if __name__ == "__main__":

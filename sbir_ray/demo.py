@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sbir_ray import report
-from sbir_ray.assess import evaluate_run, pseudo_ranks
+from sbir_ray.assess import evaluate_run
 from sbir_ray.config import (
     SCHEMA_VERSION,
     AugmentConfig,
@@ -40,6 +41,7 @@ from sbir_ray.data.pairs import PairSet, split_labels
 from sbir_ray.data.sources import SourceOptions
 from sbir_ray.data.splits import SplitOptions
 from sbir_ray.evaluate import Difference, Evaluation, paired_difference
+from sbir_ray.run_report import pseudo_sections
 from sbir_ray.runlog import Ledger, Progress, duration, versions, write_json_atomic
 from sbir_ray.stream.cluster import connect
 from sbir_ray.stream.ingest import ingest
@@ -186,9 +188,7 @@ def run_demo(
                         out / f"pseudo-{name}",
                         by,
                         SketchConfig(seed=seed),
-                        progress=lambda title, name=name: Progress(
-                            f"{title} by {name}", unit="drawings"
-                        ),
+                        progress=partial(_drawings, name),
                     )
         with stages.run("semi-supervised", "retrieval network on both kinds of pairs, controls"):
             _train(_semi(out, plan))
@@ -246,6 +246,10 @@ class _Stages:
             )
 
 
+def _drawings(by: str, title: str) -> Progress:
+    return Progress(f"{title} by {by}", unit="drawings")
+
+
 def _make_pairs(out: Path, plan: Plan, seed: int) -> None:
     if not (out / "all").exists():
         import_pairs(
@@ -297,8 +301,7 @@ def _semi(out: Path, plan: Plan) -> list[Job]:
 
 
 def _train(jobs: Sequence[Job]) -> None:
-    make: Callable[[str], Progress] = lambda title: Progress(title, unit="steps")  # noqa: E731
-    train(jobs, workers=WORKERS, progress=make)
+    train(jobs, workers=WORKERS, progress=lambda title: Progress(title, unit="steps"))
 
 
 def _report(out: Path, plan: Plan, stages: _Stages) -> dict[str, Any]:
@@ -311,7 +314,10 @@ def _report(out: Path, plan: Plan, stages: _Stages) -> dict[str, Any]:
         for name, e in found.items()
         if name != "supervised"
     }
-    pseudo = PseudoSet.load(out / "pseudo-generator", size)
+    pseudo = pseudo_sections(out / "pseudo-generator", size, str(out / "runs" / "supervised"))
+    store = out / "photos" / "store.json"
+    photos = Ledger.from_json("photos", json.loads(store.read_text())["ledger"], str(store))
+    pseudo["ledgers"] = [photos, *pseudo["ledgers"]]
     data = report.ReportData(
         title="Draw a thing, find its photo: the demo",
         subtitle="OpenMoji: line strokes as sketches, colour art without the lines as photos",
@@ -320,26 +326,11 @@ def _report(out: Path, plan: Plan, stages: _Stages) -> dict[str, Any]:
         results=_results(out, found, differences, size),
         curves=[c for name in NAMES for c in _curves(out / "runs" / name, NAMES[name])],
         queries=report.query_grid(found["semi"], test),
-        pseudo=report.PseudoGallery(
-            examples=[
-                report.PseudoExample(
-                    photo=pseudo.photos[pseudo.photo_of[i]].transpose(1, 2, 0),
-                    sketch=pseudo.sketches[i],
-                    certainty=float(pseudo.certainty[i]),
-                )
-                for i in report.pick_evenly(pseudo.certainty)
-            ],
-            total=len(pseudo.sketches),
-            sketcher="the generator",
-        ),
-        deciles=report.certainty_deciles(
-            pseudo.certainty, pseudo_ranks(out / "runs" / "supervised", pseudo)
-        ),
-        ledgers=_ledgers(out),
         timings=[report.Timing(stage=k, seconds=v) for k, v in stages.seconds.items()],
         facts={**{f"version of {k}": v for k, v in versions().items()}, **_facts(stages)},
         config={"retrieval": to_dict(plan.retrieval), "generator": to_dict(plan.generator)},
         commands=_commands(stages),
+        **pseudo,
     )
     page = report.write_report(out, data)
     return _result(found, differences, page, stages)
@@ -370,14 +361,6 @@ def _results(
 def _curves(run: Path, name: str) -> list[report.Curve]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return report.curves_of(lines, name)
-
-
-def _ledgers(out: Path) -> list[Ledger]:
-    store, pseudo = out / "photos" / "store.json", out / "pseudo-generator" / "pseudo.json"
-    return [
-        Ledger.from_json("photos", json.loads(store.read_text())["ledger"], str(store)),
-        Ledger.from_json("pseudo", json.loads(pseudo.read_text())["ledger"], str(pseudo)),
-    ]
 
 
 def _facts(stages: _Stages) -> dict[str, str]:

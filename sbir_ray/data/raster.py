@@ -25,7 +25,7 @@ WIDTH = 2.5
 TOLERANCE = 1
 """Largest difference, of 255, between :func:`rasterise` and :func:`rasterise_reference`."""
 
-_AT_ONCE = 32_768
+_AT_ONCE = 24_576
 """Steps of runs evaluated at a time: few enough for the cache, enough to hide numpy's cost of a
 call."""
 

@@ -74,7 +74,7 @@ def trace_drawing(grey: NDArray[np.uint8]) -> Strokes:
     grey = _reduce(grey, _DRAWING_SIDE)
     if int(np.ptp(grey)) < _PAPER:
         return []
-    ink = grey > threshold_otsu(grey)  # type: ignore[no-untyped-call]
+    ink = grey > threshold_otsu(grey)
     if ink.mean() > 0.5:
         ink = ~ink
     lines = _thin(ink)
@@ -146,7 +146,7 @@ def _edges(rgb: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.float3
 
 
 def _thin(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    thinned: NDArray[np.bool_] = skeletonize(mask)  # type: ignore[no-untyped-call]
+    thinned: NDArray[np.bool_] = skeletonize(mask)
     return thinned
 
 

@@ -70,16 +70,24 @@ class Noise(NamedTuple):
     """All random numbers of a batch of drawings, scaled to the temperature.
 
     The largest of logit + temperature * Gumbel number is a sample of the softmax of logit /
-    temperature, so the greedy choice is the one with noise 0.
+    temperature, so the greedy choice is the one with noise 0. The end is drawn in another way, with
+    the same odds: the drawing ends when the odds that it should have gone on so far fall below a
+    number drawn evenly between 0 and 1. The greedy number is 1/2, so a greedy drawing has the
+    length that half of the sampled ones would have; to end only where the end is the most likely
+    state would be to end almost never, as each row's odds of it are small.
     """
 
     choice_BTX: Tensor
-    """(B, T, 3 + M): added to the logits of pen states and components."""
+    """(B, T, 2 + M): added to the logits of pen down and up, and of the components."""
     offset_BT2: Tensor
     """(B, T, 2): standard normal numbers of the offset."""
+    end_BT: Tensor
+    """(B, T): the number under which the odds have to fall."""
 
     @classmethod
-    def seeded(cls, seeds: Sequence[int], steps: int, mixtures: int, temperature: float) -> Noise:
+    def seeded(
+        cls, seeds: Sequence[int], steps: int, mixtures: int, temperature: float
+    ) -> Noise:
         """Noise for each drawing from its own seed.
 
         Raises:
@@ -87,18 +95,21 @@ class Noise(NamedTuple):
         """
         if not temperature >= 0:
             raise ValueError(f"temperature: {temperature} is less than 0")
-        choice = torch.zeros(len(seeds), steps, 3 + mixtures)
+        choice = torch.zeros(len(seeds), steps, 2 + mixtures)
         offset = torch.zeros(len(seeds), steps, 2)
+        end = torch.full((len(seeds), steps), 0.5)
         if temperature > 0:
             for row, seed in enumerate(seeds):
                 generator = torch.Generator().manual_seed(seed)
                 choice[row].exponential_(generator=generator)
                 offset[row].normal_(generator=generator)
+                even = torch.rand((), generator=generator)
+                end[row] = torch.sigmoid(temperature * torch.logit(even))
             choice = choice.log_().mul_(-temperature)
             offset = offset.mul_(math.sqrt(temperature))
-        # A drawing has at least one point.
-        choice[:, 0, _END] = -math.inf
-        return cls(choice, offset)
+        # A drawing that would end at once gets a point.
+        end[:, 0] = -1.0
+        return cls(choice, offset, end)
 
 
 def row_log_prob(raw_BTK: Tensor, rows_BT5: Tensor) -> Tensor:
@@ -189,8 +200,7 @@ class Decoder:
         """Outputs (B, T, K), looks (B, T + 1, X) with the row drawn before, and the end rows."""
         batch, steps = noise.choice_BTX.shape[:2]
         cells = map_BCHW[0, 0].numel()
-        choice_TBX = noise.choice_BTX.transpose(0, 1).to(self.device)
-        offset_TB2 = noise.offset_BT2.transpose(0, 1).to(self.device)
+        noise = Noise(*(numbers.to(self.device).transpose(0, 1) for numbers in noise))
         raw_BTK = torch.zeros(batch, steps, 3 + 6 * self.mixtures, device=self.device)
         looks_BTX = torch.zeros(batch, steps + 1, cells + 5, device=self.device)
         looks_BTX[:, 0, cells + 2 + _DOWN] = 1.0  # the start token
@@ -204,7 +214,7 @@ class Decoder:
             raw_TnK = raw_BTK.new_empty(steps - done, len(running), raw_BTK.shape[2])
             looks_TnX = looks_BTX.new_zeros(steps - done + 1, len(running), cells + 5)
             looks_TnX[0] = looks_BTX[index, done]
-            part = Noise(choice_TBX[done:, index], offset_TB2[done:, index])
+            part = Noise(*(numbers[done:, index] for numbers in noise))
             found, count = self._run(state, part, raw_TnK, looks_TnX)
             raw_BTK[index, done : done + count] = raw_TnK[:count].transpose(0, 1)
             looks_BTX[index, done : done + count + 1] = looks_TnX[: count + 1].transpose(0, 1)
@@ -231,7 +241,7 @@ class Decoder:
             value_BXG[part, :cells] = self._cells(map_bHWC[:, 1:-1, 1:-1].flatten(1, 2))
         latent_BZ = self._latent(map_BCHW.mean((2, 3)))
         h, c = torch.tanh(self._start(latent_BZ)).chunk(2, 1)
-        return _State(key_BNA, value_BXG, h, c.contiguous())
+        return _State(key_BNA, value_BXG, h, c.contiguous(), torch.ones_like(h[:, :1]))
 
     def _run(
         self, state: _State, noise: Noise, raw_TnK: Tensor, looks_TnX: Tensor
@@ -266,9 +276,10 @@ class Decoder:
             raw_TnK.unbind(),
             noise.choice_BTX.unbind(),
             noise.offset_BT2.unbind(),
+            noise.end_BT[..., None].unbind(),
             strict=False,
         )
-        for t, (look_nX, attention_nN, row_n5, raw_nK, choice_nX, offset_n2) in enumerate(steps):
+        for t, (look_nX, attention_nN, row_n5, raw_nK, *numbers) in enumerate(steps):
             query_n1A = query_n1A.clamp(-_STEEP, _STEEP).exp_()
             torch.mul(key_nNA, query_n1A, out=score_nNA).add_(self._one).reciprocal_()
             torch.mv(score_LA, self._score_A, out=energy_L)
@@ -282,7 +293,7 @@ class Decoder:
 
             from_gates_n1G, query_n1A, raw_n1K = self._state(full_P1U)[:count].split(self._parts, 2)
             raw_nK.copy_(raw_n1K[:, 0])
-            pen_n1 = self._choose(raw_nK, choice_nX, offset_n2, row_n5)
+            pen_n1 = self._choose(raw_nK, Noise(*numbers), state.odds_B1, row_n5)
             for row, (pen,) in enumerate(pen_n1.tolist()):
                 if pen == _END and row not in ended:
                     ended[row] = t
@@ -292,13 +303,19 @@ class Decoder:
                 return ended, t + 1
         return ended, len(raw_TnK)
 
-    def _choose(
-        self, raw_nK: Tensor, choice_nX: Tensor, offset_n2: Tensor, row_n5: Tensor
-    ) -> Tensor:
-        """Write the rows (n, 5) that follow from the outputs and the noise; the pen states."""
+    def _choose(self, raw_nK: Tensor, noise: Noise, odds_n1: Tensor, row_n5: Tensor) -> Tensor:
+        """Write the rows (n, 5) that follow from the outputs and one row of noise (n, ...).
+
+        Moves the odds of having gone on so far, too.
+
+        Returns:
+            The pen states (n, 1).
+        """
         pen_n3, component_nM, table_nL = raw_nK.split([3, self.mixtures, 5 * self.mixtures], 1)
-        noise_n3, noise_nM = choice_nX.split([3, self.mixtures], 1)
-        pen_n1 = (pen_n3 + noise_n3).argmax(1, keepdim=True)
+        noise_n2, noise_nM = noise.choice_BTX.split([2, self.mixtures], 1)
+        odds_n1.mul_(self._one - pen_n3.softmax(1)[:, _END:])
+        pen_n1 = (pen_n3[:, :_END] + noise_n2).argmax(1, keepdim=True)
+        pen_n1.masked_fill_(odds_n1 < noise.end_BT, _END)
         component_n1 = (component_nM + noise_nM).argmax(1, keepdim=True)
         # Of the component: mean x, mean y, sigma x, sigma y, rho, as ``losses.mixture`` has them.
         place_n5 = component_n1 + self._columns_5
@@ -306,7 +323,7 @@ class Decoder:
         # exp(floor + softplus(s - floor)) = exp(floor) + exp(s)
         sigma_n2 = sigma_n2.exp() + self._sigma_floor
         rho_n1 = rho_n1.tanh() * self._rho_limit
-        x_n1, y_n1 = offset_n2.split(1, 1)
+        x_n1, y_n1 = noise.offset_BT2.split(1, 1)
         rest_n1 = torch.addcmul(self._one, rho_n1, rho_n1, value=-1).sqrt_()
         correlated_n2 = torch.cat([x_n1, (y_n1 * rest_n1).addcmul_(x_n1, rho_n1)], 1)
         row_n2, pen_row_n3 = row_n5.split([2, 3], 1)
@@ -319,11 +336,13 @@ class _State(NamedTuple):
     """What the rows still to draw depend on."""
 
     keys_BNA: Tensor
-    """What the attention knows of each cell, doubled."""
+    """exp() of what the attention knows of each cell, doubled."""
     values_BXG: Tensor
     """What each cell, and each of the five numbers of the row before, adds to the gates."""
     h_BU: Tensor
     c_BU: Tensor
+    odds_B1: Tensor
+    """Of having gone on so far."""
 
 
 class _Linear:

@@ -147,9 +147,10 @@ class Generator(nn.Module):
         Args:
             photo_B3SS: uint8, aligned photos.
             seeds: of each photo's random numbers; not read at temperature 0.
-            temperature: 0 takes the most likely component's mean and the most likely pen state
-                (the paper's way); 1 samples the model; between, pen and component logits are
-                divided by it and sigma is multiplied by its root.
+            temperature: 0 takes the most likely component's mean and pen state (the paper's way),
+                and the median length; 1 samples the model; between, the logits of pen and component
+                are divided by it, sigma is multiplied by its root, and the length is nearer to the
+                median.
             attention: whether the drawings tell where each row looked.
             decoder: what :meth:`decoder` gave for these weights; laying them out anew costs some
                 milliseconds a call.

@@ -184,7 +184,7 @@ def stage_blocks(
     for entry in plan.to_pylist():
         number: int = entry["block"]
         file = _staged(Path(folder), number)
-        if not file.exists():
+        if not _is_staged(file):
             units = [Unit(**values) for values in json.loads(entry["units"])]
             attempts = Attempts(Path(folder) / "attempts" / f"{number:06d}")
             rows = list(_photo_rows(units, config, forbidden, attempts))
@@ -283,6 +283,14 @@ def write_shards(plan: pa.Table, folder: str) -> pa.Table:
 
 
 # --------------------------------------------------------------------------- helpers
+
+
+def _is_staged(file: Path) -> bool:
+    """Whether a run before this one has done the block; what it could not read may be there now."""
+    if not file.exists():
+        return False
+    fates = pq.read_table(file, columns=["status", "reason"]).to_pylist()
+    return not any(f["status"] == "failed" and f["reason"] != KILLED for f in fates)
 
 
 def _staged(folder: Path, block: int) -> Path:

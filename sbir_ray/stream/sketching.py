@@ -38,6 +38,7 @@ from sbir_ray.stream.sketchers import Drawn, Sketcher, SketcherSpec
 MAX_ERRORS = 0.5
 """Share of rows that may fail by an error before the run stops: then it is not the photos."""
 
+_ERROR = "error-"
 _BLOCK_ROWS = 64
 _BLOCKS = 8
 _DRAWN_SCHEMA = PSEUDO_SCHEMA.append(pa.field("block", pa.int64())).append(
@@ -215,16 +216,22 @@ def plan_blocks(photos: Path, batch_size: int) -> list[PhotoBlock]:
 def _not_done(
     plan: Sequence[PhotoBlock], target: Path, samples: int, ledger: Ledger
 ) -> list[PhotoBlock]:
-    """The blocks still to draw. Adds the others to the ledger, and removes what is half written."""
+    """The blocks still to draw. Adds the others to the ledger, and removes what is half written or
+    failed by an error, which may be gone."""
     written: dict[int, list[Path]] = defaultdict(list)
     for file in target.glob("part-*.parquet"):
         written[int(file.name.split("-")[1])].append(file)
     left = []
     for block in plan:
-        tables = [pq.read_table(f, columns=["status", "reason"]) for f in written[block.number]]
-        if sum(table.num_rows for table in tables) == block.rows * samples:
-            for table in tables:
-                _count(ledger, table)
+        fates = [
+            row
+            for file in written[block.number]
+            for row in pq.read_table(file, columns=["status", "reason"]).to_pylist()
+        ]
+        erred = any(row["reason"].startswith(_ERROR) for row in fates)
+        if len(fates) == block.rows * samples and not erred:
+            for row in fates:
+                ledger.add(row["status"], row["reason"])
         else:
             for file in written[block.number]:
                 file.unlink()
@@ -293,21 +300,16 @@ def _follow(dataset: ray.data.Dataset, ledger: Ledger, bar: Progress) -> None:
     errors: Counter[str] = Counter()
     rows: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     for table in rows:
-        _count(ledger, table)
         for row in table.to_pylist():
-            if row["reason"].startswith("error-"):
+            ledger.add(row["status"], row["reason"])
+            if row["reason"].startswith(_ERROR):
                 errors[row["detail"]] += 1
         bar.update(ledger.accounted, note=f"{ledger.count('kept')} kept")
-        if errors.total() > MAX_ERRORS * max(ledger.accounted, _BLOCK_ROWS):
+        if errors.total() > MAX_ERRORS * max(ledger.accounted, min(_BLOCK_ROWS, ledger.total)):
             text, _ = errors.most_common(1)[0]
             raise SbirError(
                 f"{errors.total()} of {ledger.accounted} drawings failed, most often by {text}"
             )
-
-
-def _count(ledger: Ledger, table: pa.Table) -> None:
-    for row in table.select(["status", "reason"]).to_pylist():
-        ledger.add(row["status"], row["reason"])
 
 
 def read_photos(plan: pa.Table, image_size: int) -> pa.Table:
@@ -395,7 +397,7 @@ class SketchActor:
             with attempts.working_on(key):
                 return self.sketcher.draw(self._pixels(photo)[None], [seed])[0]
         except Exception as error:  # any fault costs its own row alone, and is told
-            return f"error-{type(error).__name__}", _one_line(error)
+            return f"{_ERROR}{type(error).__name__}", _one_line(error)
 
     def _pixels(self, photo: dict[str, Any]) -> NDArray[np.uint8]:
         size = self.sketcher.image_size

@@ -102,7 +102,7 @@ def _steps(
             task.trained.train()
             losses = task.losses(batch, step)
             optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()  # type: ignore[no-untyped-call]
+            losses["loss"].backward()
             ranks.sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
             # The summed gradient is the same on all ranks, so they all decide alike.

@@ -143,6 +143,11 @@ class RetrievalTask:
             self.negatives = PhotoSet.load(Path(job.inputs["negatives"]), size)
             _divisible("negatives", self.config.negatives, ranks)
             self.extra_stream = Stream(len(self.negatives.photo_ids), self.config.seed, "negatives")
+        if ranks.world > 1 and not self.config.model.frozen_norm:
+            raise UserError(
+                "model.frozen_norm=false: batch statistics need the whole batch in one process; "
+                "use one worker, or leave it true"
+            )
         torch.manual_seed(self.config.seed)
         self.model = RetrievalNet(self.config.model).to(device)
         self.trained: nn.Module = self.model
@@ -396,7 +401,9 @@ class DiscriminatorTask:
         """This rank's rows of ``step``; real and drawn sketches are augmented alike."""
         d, augment = self.config.discriminator, self.config.augment
         items = self.stream.batch(step, d.batch_size)
-        photos, wrongs, real, drawn = [], [], [], []
+        photos, wrongs = [], []
+        real: list[Strokes] = []
+        drawn: list[Strokes] = []
         for i in self.ranks.mine(len(items)):
             epoch, sketch = items[i]
             photo = self.pairs.photo_of[sketch]

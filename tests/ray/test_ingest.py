@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests.tiny import photo, tiny_pairs
 
 from sbir_ray.config import IngestConfig
 from sbir_ray.data import photos
@@ -20,6 +19,7 @@ from sbir_ray.runlog import Ledger
 from sbir_ray.stream.duplicates import duplicates
 from sbir_ray.stream.ingest import ingest
 from sbir_ray.stream.photo_sources import list_units
+from tests.tiny import photo, tiny_pairs
 
 
 def png(rgb, **options):
@@ -72,7 +72,9 @@ def test_each_photo_has_one_fate_and_bad_ones_do_not_touch_good_ones(
     test_photo = photo(5)
     (extra / "another name.png").write_bytes(png(test_photo))
     Image.fromarray(photo(4)).resize((200, 200)).save(extra / "resized.jpg", quality=70)
-    table = pa.table({"image": [{"bytes": png(photo(16)), "path": "x"}, {"bytes": None, "path": ""}]})
+    table = pa.table(
+        {"image": [{"bytes": png(photo(16)), "path": "x"}, {"bytes": None, "path": ""}]}
+    )
     pq.write_table(table, extra / "hub.parquet")
     out = tmp_path / "store"
 

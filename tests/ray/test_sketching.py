@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from ray import cloudpickle
-from tests.tiny import photo
 
 from sbir_ray.config import SketchConfig
 from sbir_ray.data import photos
@@ -21,6 +20,7 @@ from sbir_ray.stream.ingest import ingest
 from sbir_ray.stream.pseudo_store import PseudoSet, iter_rows, read_header
 from sbir_ray.stream.sketchers import Drawn, SketcherSpec
 from sbir_ray.stream.sketching import filter_reason, plan_blocks, row_seed, sketch
+from tests.tiny import photo
 
 # Workers cannot import this file.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -166,9 +166,13 @@ def test_a_stopped_run_draws_only_what_is_left(tmp_path, store):
 
 def test_a_sketcher_that_fails_on_everything_stops_the_run(tmp_path, store):
     plans = tuple((aligned(number), "raise") for number in range(PHOTOS))
-    with pytest.raises(SbirError, match="drawings failed, most often by ArithmeticError: no sketch"):
+    with pytest.raises(
+        SbirError, match="drawings failed, most often by ArithmeticError: no sketch"
+    ):
         sketch(store, tmp_path / "out", FakeSpec("fake", plans=plans))
     assert not (tmp_path / "out").exists()
+    # Once its fault is mended, no photo is counted as failed for it.
+    assert sketch(store, tmp_path / "out", FakeSpec("fake")).count("kept") == PHOTOS
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from sbir_ray import losses
 from sbir_ray.config import GeneratorConfig
 from sbir_ray.data import strokes as sketches
 from sbir_ray.data.strokes import Strokes
-from sbir_ray.models.decoder import Drawing
+from sbir_ray.models.decoder import Drawing, Noise
 from sbir_ray.models.generator import Generator
 
 SIZE = 64
@@ -138,8 +138,8 @@ def test_the_end_row_is_trained() -> None:
     before = generator.nll(photos(1), points, length)
     points[0, 6, 2:] = torch.tensor([1.0, 0.0, 0.0])
     after = generator.nll(photos(1), points, length)
-    assert float(before["pen"][0]) != float(after["pen"][0])
-    assert float(before["offset"][0]) == float(after["offset"][0])
+    assert not torch.equal(before["pen"], after["pen"])
+    assert torch.equal(before["offset"], after["offset"])
 
 
 def test_an_outlier_has_a_finite_likelihood_and_gradient() -> None:
@@ -249,7 +249,9 @@ def test_a_drawing_is_the_same_bit_for_bit_whatever_the_batch(temperature: float
     generator = small()
     photo = photos(21)
     together = generator.draw(photo, range(21), temperature)
-    few = [d for i in range(0, 21, 7) for d in generator.draw(photo[i : i + 7], range(i, i + 7), temperature)]
+    few: list[Drawing] = []
+    for i in range(0, 21, 7):
+        few += generator.draw(photo[i : i + 7], range(i, i + 7), temperature)
     for i, drawing in enumerate(together):
         assert same(drawing, few[i])
         (alone,) = generator.draw(photo[i : i + 1], [i], temperature)
@@ -312,9 +314,10 @@ def test_a_generator_that_wants_to_end_at_once_draws_one_point() -> None:
 
 def test_samples_at_temperature_one_follow_the_model() -> None:
     generator = small(max_points=2)
-    count = 3000
+    count = 2000
     photo = photos(1)
-    drawings = generator.draw(photo.expand(count, -1, -1, -1), range(count), 1.0)
+    map_BCHW = generator.encode(photo).detach().expand(count, -1, -1, -1)
+    drawings = generator.decoder().draw(map_BCHW, Noise.seeded(range(count), 3, 3, 1.0))
     first = np.stack([d.rows[0] for d in drawings])
     start = torch.zeros(1, 1, 5)
     raw = {}
@@ -348,24 +351,43 @@ def test_a_low_temperature_draws_what_is_likely() -> None:
     assert per_row[0] > per_row[1] > per_row[2]
 
 
+def test_drawings_end_as_often_as_the_model_ends_them() -> None:
+    generator = small(max_points=12)
+    with torch.no_grad():
+        generator.output.weight.zero_()
+        generator.output.bias[:3] = torch.tensor([0.9, 0.0, 0.1]).log()
+    count = 2000
+    map_BCHW = generator.encode(photos(1)).detach().expand(count, -1, -1, -1)
+    decoder = generator.decoder()
+    for temperature, spread in ((1.0, 0.0), (0.0, None)):
+        noise = Noise.seeded(range(count), 13, 3, temperature)
+        points = np.array([len(d.rows) - d.ended for d in decoder.draw(map_BCHW, noise)])
+        if spread is None:
+            assert set(points) == {6}  # 0.9 ** 7 < 1 / 2 < 0.9 ** 6
+        else:
+            for length in range(2, 13):
+                longer = float((points >= length).mean())
+                assert longer == pytest.approx(0.9**length, abs=4 * 0.5 / np.sqrt(count))
+
+
 def test_a_generator_trained_on_few_pairs_learns_when_to_stop() -> None:
-    generator = small(train_backbone=False, max_points=30, hidden=64)
+    generator = small(train_backbone=False, max_points=30)
     counts = [5, 8, 12, 16]
     points, length = padded(people(generator, counts))
-    photo = photos(4)
-    generator.train()
-    parameters = [p for p in generator.parameters() if p.requires_grad]
+    # Four plain colours: no photo tells the length, unless the generator has learnt it.
+    colour = torch.tensor([[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0]])
+    photo = colour.to(torch.uint8)[:, :, None, None].expand(4, 3, SIZE, SIZE)
+    parameters = [p for p in generator.train().parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
-    for _ in range(200):
+    for _ in range(150):
         terms = generator.nll(photo, points, length)
         optimizer.zero_grad()
         (terms["offset"] + terms["pen"]).mean().backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    generator.eval()
-    drawings = generator.draw(photo, range(4))
+    drawings = generator.eval().draw(photo, range(4))
     assert all(d.ended for d in drawings)
-    found = [len(d.rows) - 1 for d in drawings]
-    assert found == pytest.approx(counts, abs=3)
+    assert [len(d.rows) - 1 for d in drawings] == pytest.approx(counts, abs=2)
 
 
 def test_the_scale_of_the_offsets_is_stored_with_the_weights() -> None:
