@@ -66,7 +66,7 @@ class RetrievalLossConfig:
     margin: float = 0.3
     pseudo_weight: float = 1.0
     """Factor of the pseudo pairs' loss before the certainty weights."""
-    certainty: Literal["raw", "normalised", "none"] = "normalised"
+    certainty: Literal["raw", "normalised", "none"] = "raw"
     """How a pseudo pair's certainty weighs it: as it is (the paper), divided by the batch's mean,
     or not at all."""
     distill: Literal["relational", "pair", "absolute", "none"] = "pair"

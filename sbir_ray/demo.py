@@ -178,8 +178,9 @@ def run_demo(
                     exclude=[out / "pairs" / "labelled"],
                     progress=lambda title: Progress(title, unit="photos"),
                 )
-        with stages.run("supervised", "retrieval network, generator, discriminator"):
-            _train(_supervised(out, plan))
+        with stages.run("supervised", "retrieval network, generator, discriminator") as todo:
+            if todo:
+                _train(_supervised(out, plan))
         with stages.run("sketches", "generator actors and contour tracing draw the photos"):
             for name, by in (("generator", str(out / "runs" / "generator")), ("contours",) * 2):
                 if not (out / f"pseudo-{name}").exists():
@@ -190,8 +191,11 @@ def run_demo(
                         SketchConfig(seed=seed),
                         progress=partial(_drawings, name),
                     )
-        with stages.run("semi-supervised", "retrieval network on both kinds of pairs, controls"):
-            _train(_semi(out, plan))
+        with stages.run(
+            "semi-supervised", "retrieval network on both kinds of pairs, controls"
+        ) as todo:
+            if todo:
+                _train(_semi(out, plan))
         with stages.run("report", "evaluation and report"):
             result = _report(out, plan, stages)
     return result
@@ -213,8 +217,7 @@ class _Stages:
 
     @contextmanager
     def run(self, name: str, what: str) -> Iterator[bool]:
-        """A stage; gives whether it has to be done (a stage that resumes by itself may be
-        entered in any case)."""
+        """A stage; gives whether it has to be done."""
         todo = name not in self.seconds
         names = list(self.plan.seconds)
         rest = sum(

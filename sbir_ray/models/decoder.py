@@ -85,9 +85,7 @@ class Noise(NamedTuple):
     """(B, T): the number under which the odds have to fall."""
 
     @classmethod
-    def seeded(
-        cls, seeds: Sequence[int], steps: int, mixtures: int, temperature: float
-    ) -> Noise:
+    def seeded(cls, seeds: Sequence[int], steps: int, mixtures: int, temperature: float) -> Noise:
         """Noise for each drawing from its own seed.
 
         Raises:
@@ -314,7 +312,7 @@ class Decoder:
         pen_n3, component_nM, table_nL = raw_nK.split([3, self.mixtures, 5 * self.mixtures], 1)
         noise_n2, noise_nM = noise.choice_BTX.split([2, self.mixtures], 1)
         odds_n1.mul_(self._one - pen_n3.softmax(1)[:, _END:])
-        pen_n1 = (pen_n3[:, :_END] + noise_n2).argmax(1, keepdim=True)
+        pen_n1: Tensor = (pen_n3[:, :_END] + noise_n2).argmax(1, keepdim=True)
         pen_n1.masked_fill_(odds_n1 < noise.end_BT, _END)
         component_n1 = (component_nM + noise_nM).argmax(1, keepdim=True)
         # Of the component: mean x, mean y, sigma x, sigma y, rho, as ``losses.mixture`` has them.
@@ -353,8 +351,9 @@ class _Linear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.bias = None if bias is None else bias.detach().float().contiguous()
-        self.weight = weight.detach().float().contiguous()
+        # Copies: the generator may be trained on while this draws.
+        self.bias = None if bias is None else bias.detach().float().clone()
+        self.weight = weight.detach().float().clone(memory_format=torch.contiguous_format)
         self.packed = self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, _CPU_BLOCK)

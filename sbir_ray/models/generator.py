@@ -27,7 +27,7 @@ from sbir_ray.models.backbone import load_backbone
 from sbir_ray.models.decoder import Decoder, Drawing, Noise, row_log_prob
 
 GREEDY = 0.0
-"""The temperature at which every row is the most likely one."""
+"""The temperature at which nothing is left to chance."""
 
 
 class Generator(nn.Module):
@@ -97,7 +97,21 @@ class Generator(nn.Module):
             ``pen`` (B,): the same of the pen states, through the end row, nats a row; ``kl`` (B,);
             ``attention`` (B, T, H, W) if asked for, 0 behind the end.
         """
-        map_BCHW = self.encode(photo_B3SS)
+        return self.nll_of_map(
+            self.encode(photo_B3SS), points_BT5, length_B, noise_BZ=noise_BZ, attention=attention
+        )
+
+    def nll_of_map(
+        self,
+        map_BCHW: Tensor,
+        points_BT5: Tensor,
+        length_B: Tensor,
+        *,
+        noise_BZ: Tensor | None = None,
+        attention: bool = False,
+    ) -> dict[str, Tensor]:
+        """:meth:`nll` of photos by their maps (:meth:`encode`), which need not be computed anew
+        while the backbone does not train."""
         mean_BZ, log_var_BZ = self.latent(map_BCHW)
         latent_BZ = mean_BZ
         if noise_BZ is not None:
@@ -166,9 +180,7 @@ class Generator(nn.Module):
                 noise = Noise.seeded(seeds[part], steps, self.config.mixtures, temperature)
                 # A convolution may round differently in a batch, and gains nothing from it on a
                 # CPU.
-                groups = photo_B3SS[part].split(
-                    1 if decoder.device.type == "cpu" else decoder.block
-                )
+                groups = photo_B3SS[part].split(1 if decoder.on_cpu else decoder.block)
                 map_BCHW = torch.cat([self.encode(group) for group in groups])
                 drawings += decoder.draw(map_BCHW, noise, attention=attention)
         return drawings

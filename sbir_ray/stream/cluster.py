@@ -103,7 +103,7 @@ def ensure_fits(
     Raises:
         UserError: it does not fit; the message says what would.
     """
-    nodes = [node["Resources"] for node in _nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]]
     total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
     total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     room = sum(_fitting(node, cpus, gpus) for node in nodes)
@@ -186,10 +186,6 @@ def _own_token() -> None:
         return
     with os.fdopen(handle, "w") as stream:
         stream.write(secrets.token_hex(32))
-
-
-def _nodes() -> list[dict[str, Any]]:
-    return list(ray.nodes())  # type: ignore[no-untyped-call]
 
 
 def _fitting(node: dict[str, float], cpus: float, gpus: float) -> float:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sbir_ray.data import leaks, pairs, photos
 from sbir_ray.data.photos import PhotoRow
+from sbir_ray.errors import UserError
 
 LEAK_BITS = 2
 """Largest distance of perceptual hashes at which a photo is that of an excluded one, in any colour;
@@ -28,17 +29,23 @@ class Forbidden:
     hashes: NDArray[np.int64]
 
     @classmethod
-    def of(cls, folders: Sequence[Path]) -> Forbidden:
+    def of(cls, folders: Sequence[Path], must: Sequence[Path] = ()) -> Forbidden:
         """The validation and test photos of PAIRS folders.
+
+        Args:
+            must: those of the folders that have to have some.
 
         Raises:
             UserError, DamagedError: a folder that is no PAIRS folder, or a damaged one.
         """
-        prints = [
-            leaks.print_of(row)
-            for folder in folders
-            for row in pairs.iter_photos(folder, {"val", "test"})
-        ]
+        prints: list[leaks.Print] = []
+        for folder in folders:
+            found = [leaks.print_of(row) for row in pairs.iter_photos(folder, {"val", "test"})]
+            if not found and folder in must:
+                raise UserError(
+                    f"{folder}: has no validation or test photos to exclude; leave it out"
+                )
+            prints += found
         return cls(prints, np.array([p.phash for p in prints], np.int64))
 
     def leak_of(self, row: PhotoRow) -> tuple[str, str] | None:

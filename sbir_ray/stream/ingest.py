@@ -73,17 +73,18 @@ def ingest(
         The account of all photos, which ``store.json`` has too.
 
     Raises:
-        UserError: a source that is not there or has no photos, more than ``config.max_reject_rate``
-            of the photos rejected or failed, no photo left to store.
+        UserError: a source that is not there or has no photos, an exclusion without effect, more
+            than ``config.max_reject_rate`` of the photos rejected or failed, none left to store.
     """
     config = config or IngestConfig()
     units = list_units(sources)
-    kept_out = [*exclude, *(Path(s) for s in sources if (Path(s) / "pairs.json").is_file())]
-    forbidden = Forbidden.of(kept_out)
+    own = [Path(s) for s in sources if (Path(s) / "pairs.json").is_file()]
+    kept_out = list(dict.fromkeys([*exclude, *own]))
+    forbidden = Forbidden.of(kept_out, must=exclude)
     blocks = _blocks(units)
     total = sum(unit.rows for unit in units)
     request = {
-        "settings": to_dict(config),
+        "longest": config.longest,
         "sources": _digest(repr(units)),
         "exclude": _digest("".join(sorted(p.photo_id for p in forbidden.prints))),
     }
@@ -98,7 +99,8 @@ def ingest(
         ledger.check()
         if not ledger.count("stored"):
             raise UserError(f"{out}: no photo is left to store ({ledger}); see the sources")
-        _write_shards(fates, folder)
+        with progress("write photos") as bar:
+            _write_shards(fates, folder, bar)
         pq.write_table(fates.select(LEDGER_SCHEMA.names), folder / "ledger.parquet")
         settings = {
             **to_dict(config),
@@ -239,9 +241,11 @@ def _unusable(uri: str, name: str, status: str, reason: str, text: str) -> dict[
 # --------------------------------------------------------------------------- second pass
 
 
-def _write_shards(fates: pa.Table, folder: Path) -> None:
+def _write_shards(fates: pa.Table, folder: Path, bar: Progress) -> None:
     """Copy the photos that are stored from the staged files to shards of even size, in order."""
-    (folder / "shards").mkdir(exist_ok=True)
+    # Those of a run that ended here may have been of another division.
+    shutil.rmtree(folder / "shards", ignore_errors=True)
+    (folder / "shards").mkdir()
     columns = fates.select(["block", "row", "status"]).to_pydict()
     rows = [
         (block, row)
@@ -260,9 +264,9 @@ def _write_shards(fates: pa.Table, folder: Path) -> None:
         )
         for shard in range(shards)
     ]
-    tables = run_tasks(plan, write_shards, folder=str(folder))
-    written = sum(count for table in tables for count in table["photos"].to_pylist())
-    assert written == len(rows), (written, len(rows))
+    for table in run_tasks(plan, write_shards, folder=str(folder)):
+        bar.update(bar.done + sum(table["photos"].to_pylist()), len(rows))
+    assert bar.done == len(rows), (bar.done, len(rows))
 
 
 def write_shards(plan: pa.Table, folder: str) -> pa.Table:

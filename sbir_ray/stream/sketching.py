@@ -96,7 +96,7 @@ def sketch(
     _refuse_without_effect(config, author)
     least, most = actors
     if not 1 <= least <= most:
-        raise UserError(f"--actors {least},{most}: the least is 1, and not more than the most")
+        raise UserError(f"--actors {least}:{most}: the least is 1, and not more than the most")
     room = ensure_fits(cpus_per_actor, gpus_per_actor, least, what="--actors", spare_cpus=1.0)
     plan = plan_blocks(photos, config.batch_size)
     request = {
@@ -111,7 +111,7 @@ def sketch(
         target.mkdir(exist_ok=True)
         left = _not_done(plan, target, config.samples, ledger)
         with progress("sketch") as bar:
-            bar.update(ledger.accounted, ledger.total)
+            bar.update(0, ledger.total)
             if left:
                 # All at once: Ray Data would add them one by one, each after some seconds.
                 pool = ActorPoolStrategy(

@@ -262,7 +262,8 @@ class RetrievalTask:
 class GeneratorBatch:
     """This rank's photos and their sketches as padded stroke-5 rows."""
 
-    photo_bCSS: Tensor
+    photo_b: list[tuple[int, bool]]
+    """Number of each photo, and whether it is mirrored."""
     points_bT5: Tensor
     length_b: Tensor
     noise_bZ: Tensor
@@ -288,35 +289,52 @@ class GeneratorTask:
         self.model = Generator(model).to(device)
         self.model.set_offset_scale(strokes.offset_scale(self.sketches))
         self.trained: nn.Module = self.model
+        self.maps: list[Tensor] = []
+        if not model.train_backbone:
+            # A backbone that does not train gives the same maps in every epoch.
+            self.maps = [self._encode(self.pairs.photos[..., ::way]) for way in (1, -1)]
 
     def batch(self, step: int) -> GeneratorBatch:
         """This rank's rows of ``step``."""
         items = self.stream.batch(step, self.optim.batch_size)
-        photos, sequences, noise = [], [], []
+        photos: list[tuple[int, bool]] = []
+        sequences, noise = [], []
         for i in self.ranks.mine(len(items)):
             epoch, sketch = items[i]
             rng = rng_of(self.config.seed, "row", epoch, sketch)
             flip = rng.random() < self.config.augment.flip
-            photos.append(_mirrored(self.pairs.photos[self.pairs.photo_of[sketch]], flip))
+            photos.append((int(self.pairs.photo_of[sketch]), flip))
             drawn = strokes.mirror(self.sketches[sketch]) if flip else self.sketches[sketch]
             sequences.append(self.model.rows(drawn))
             noise.append(rng.standard_normal(self.config.model.latent, np.float32))
         points, lengths = _padded(sequences)
-        return GeneratorBatch(
-            torch.from_numpy(np.stack(photos)), points, lengths, torch.from_numpy(np.stack(noise))
-        )
+        return GeneratorBatch(photos, points, lengths, torch.from_numpy(np.stack(noise)))
 
     def losses(self, batch: GeneratorBatch, step: int) -> dict[str, Tensor]:
         """The terms of Eq. 3 on the whole batch; gradients reach this rank's rows."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            terms = self.model.nll(
-                batch.photo_bCSS.to(self.device),
+            terms = self.model.nll_of_map(
+                self._maps(batch.photo_b),
                 batch.points_bT5.to(self.device),
                 batch.length_b.to(self.device),
                 noise_BZ=batch.noise_bZ.to(self.device),
             )
         gathered = {name: self.ranks.gather(terms[name]) for name in ("offset", "pen", "kl")}
         return generator_losses(gathered, self.config.model, step)
+
+    def _maps(self, photo_b: Sequence[tuple[int, bool]]) -> Tensor:
+        if self.maps:
+            return torch.stack([self.maps[flip][photo] for photo, flip in photo_b])
+        pixels = np.stack([_mirrored(self.pairs.photos[photo], flip) for photo, flip in photo_b])
+        return self.model.encode(torch.from_numpy(pixels).to(self.device))
+
+    def _encode(self, photos: NDArray[np.uint8], batch: int = 32) -> Tensor:
+        with torch.no_grad():
+            parts = [
+                self.model.encode(torch.from_numpy(photos[i : i + batch].copy()).to(self.device))
+                for i in range(0, len(photos), batch)
+            ]
+        return torch.cat(parts)
 
     def evaluate(self) -> dict[str, float]:
         """Mean negative log-likelihood per point on the validation split."""

@@ -2,12 +2,12 @@
 
     python tests/bench/bench_generator.py [--rounds 3]
 
-Both draw from the same maps (8 x 8 x 512), weights (LSTM 512, attention 256, 20 mixtures) and random
-numbers, on one thread, and have to draw the same, within TOLERANCE. The plain loop computes the
-attention's convolution anew for every row and always makes 100 rows. The program's decoder is timed
-twice: when no drawing ends before row 100, and when they end as people's drawings of chairs do (48
-points on average); the second is what its stop is worth. Laying out the weights, which is done once
-for any number of drawings, is timed by itself.
+Both draw from the same maps (8 x 8 x 512), weights (LSTM 512, attention 256, 20 mixtures) and
+random numbers, on one thread, and have to draw the same, within TOLERANCE. The plain loop computes
+the attention's convolution anew for every row and always makes 100 rows. The program's decoder is
+timed twice: when no drawing ends before row 100, and when they end as people's drawings of chairs
+do (48 points on average); the second shows what its stop is worth. Laying out the weights, done
+once for any number of drawings, is timed by itself.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ from sbir_ray.models.generator import Generator
 
 ROWS = 100
 TOLERANCE = 1e-3
-"""Largest difference of a row's numbers, in standard deviations of the offsets. Each row starts from
-the one before, so rounding adds up over 100 of them."""
-NEVER = -1e9
+"""Largest difference of a row's numbers, in standard deviations of the offsets. Each row starts
+from the one before, so rounding adds up over 100 of them."""
 
 
 @torch.inference_mode()
 def plain(generator: Generator, map_BCHW: Tensor, noise: Noise) -> Tensor:
     """Rows (B, 100, 5), by the equations as they stand in the paper."""
-    mixtures = generator.config.mixtures
     mean_BZ = generator.to_latent(map_BCHW.mean((2, 3))).chunk(2, 1)[0]
     h, c = torch.tanh(generator.to_state(mean_BZ)).chunk(2, 1)
     row_B5 = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0]]).repeat(len(map_BCHW), 1)
+    odds_B = torch.ones(len(map_BCHW))
     rows = []
     for t in range(ROWS):
         query_BA11 = generator.attend_state(h)[:, :, None, None]
@@ -49,9 +48,11 @@ def plain(generator: Generator, map_BCHW: Tensor, noise: Noise) -> Tensor:
         context_BC = (map_BCHW.flatten(2) * attention_BN[:, None]).sum(2)
         h, c = generator.cell(torch.cat([context_BC, row_B5], 1), (h, c))
         raw_BK = generator.output(h)
-        pen_B = (raw_BK[:, :3] + noise.choice_BTX[:, t, :3]).argmax(1)
+        odds_B = odds_B * (1 - raw_BK[:, :3].softmax(1)[:, 2])
+        pen_B = (raw_BK[:, :2] + noise.choice_BTX[:, t, :2]).argmax(1)
+        pen_B = pen_B.where(odds_B >= noise.end_BT[:, t], 2)
         mix = losses.mixture(raw_BK[:, 3:])
-        component_B = (mix.log_pi + noise.choice_BTX[:, t, 3:]).argmax(1)
+        component_B = (mix.log_pi + noise.choice_BTX[:, t, 2:]).argmax(1)
         each_B = torch.arange(len(raw_BK))
         mean_B2 = mix.mean[each_B, component_B]
         sigma_B2 = mix.log_sigma[each_B, component_B].exp()
@@ -60,18 +61,16 @@ def plain(generator: Generator, map_BCHW: Tensor, noise: Noise) -> Tensor:
         normal_B2 = torch.stack([x_B, rho_B * x_B + (1 - rho_B**2).sqrt() * y_B], 1)
         row_B5 = torch.cat([mean_B2 + sigma_B2 * normal_B2, F.one_hot(pen_B, 3).float()], 1)
         rows.append(row_B5)
-    assert raw_BK.shape[1] == 3 + 6 * mixtures
     return torch.stack(rows, 1)
 
 
 def ending(noise: Noise, lengths: np.ndarray | None) -> Noise:
     """The noise with which a drawing ends after so many points, or never."""
-    choice = noise.choice_BTX.clone()
-    choice[:, :, 2] = NEVER
+    end_BT = torch.full_like(noise.end_BT, -1.0)
     if lengths is not None:
         for row, length in enumerate(lengths.tolist()):
-            choice[row, length, 2] = -NEVER
-    return Noise(choice, noise.offset_BT2)
+            end_BT[row, length] = 2.0
+    return noise._replace(end_BT=end_BT)
 
 
 def compare(rows_BT5: Tensor, drawings: list[Drawing]) -> float:
@@ -119,7 +118,7 @@ def main() -> None:
                 drawings: list[Drawing] = []
                 for start in range(0, len(map_BCHW), decoder.block):
                     part = slice(start, start + decoder.block)
-                    few = Noise(noise.choice_BTX[part], noise.offset_BT2[part])
+                    few = Noise(*(numbers[part] for numbers in noise))
                     drawings += decoder.draw(map_BCHW[part], few)
                 return drawings
 

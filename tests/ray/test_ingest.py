@@ -15,7 +15,7 @@ from PIL import Image
 from sbir_ray.config import IngestConfig
 from sbir_ray.data import photos
 from sbir_ray.errors import UserError
-from sbir_ray.runlog import Ledger
+from sbir_ray.runlog import Ledger, Progress
 from sbir_ray.stream.duplicates import duplicates
 from sbir_ray.stream.ingest import ingest
 from sbir_ray.stream.photo_sources import list_units
@@ -158,6 +158,32 @@ def test_a_photo_store_goes_through_unchanged_and_its_test_photos_are_found_by_c
     assert (ledger.count("stored"), ledger.count("leaked")) == (2, 1)
     before = {row["photo_id"]: row for row in photos.read_store(once)}
     assert all(before[row["photo_id"]] == row for row in photos.read_store(twice))
+
+
+def test_an_exclusion_without_effect_is_refused(tmp_path, folder):
+    train = tiny_pairs(tmp_path / "pairs", train=2, val=0, test=0, hands=1)
+    with pytest.raises(UserError, match="has no validation or test photos to exclude"):
+        ingest([folder], tmp_path / "store", exclude=[train])
+
+
+def test_after_a_stop_only_what_is_missing_is_read(tmp_path, folder, cluster):
+    class Stopped(Progress):
+        def update(self, done, total=None, note=""):
+            if done:
+                raise KeyboardInterrupt
+
+    for number in range(70):
+        out = png(photo(100 + number))
+        (tmp_path / f"{number:02d}.png").write_bytes(out)
+    out = tmp_path / "out" / "store"
+    with pytest.raises(KeyboardInterrupt):
+        ingest([str(tmp_path / "*.png")], out, progress=Stopped)
+    staged = out.with_name("store.partial") / "staged" / "part-000000.parquet"
+    assert pq.read_metadata(staged).num_rows == 64
+    # Photos that were read before are not read again, so they may be gone.
+    for number in range(64):
+        (tmp_path / f"{number:02d}.png").write_bytes(b"")
+    assert ingest([str(tmp_path / "*.png")], out).count("rejected") == 0
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_a_sketcher_that_fails_on_everything_stops_the_run(tmp_path, store):
         ("countours", {}, {}, "countours: no such run folder; name one, or contours, edges"),
         ("contours", {}, {"actors": (50, 50)}, "--actors: 50 x"),
         ("contours", {}, {"gpus_per_actor": 1.0}, "--actors: 1 x"),
-        ("contours", {}, {"actors": (2, 1)}, "--actors 2,1"),
+        ("contours", {}, {"actors": (2, 1)}, "--actors 2:1"),
     ],
 )
 def test_what_cannot_be_or_has_no_effect_is_refused(

@@ -36,7 +36,10 @@ def test_two_ray_workers_equal_this_process(tmp_path, pairs, cluster):
     assert there[0].keys() == here[0].keys()
     for name in "ab":
         one, two = (
-            [json.loads(x) for x in (tmp_path / place / name / "metrics.jsonl").open()]
+            [
+                json.loads(line)
+                for line in (tmp_path / place / name / "metrics.jsonl").read_text().splitlines()
+            ]
             for place in ("here", "there")
         )
         assert [line["step"] for line in two] == [line["step"] for line in one]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sbir_ray import losses
 from sbir_ray.config import GeneratorConfig
@@ -26,16 +26,18 @@ def small(seed: int = 0, **changes: object) -> Generator:
         "weights": "none",
         "image_size": SIZE,
         "latent": 8,
-        "hidden": 32,
-        "attention": 16,
+        "hidden": 36,
+        "attention": 20,
         "mixtures": 3,
         "max_points": 20,
     }
     generator = Generator(GeneratorConfig(**{**settings, **changes}))  # type: ignore[arg-type]
+    # The map of a deep random network is almost 0. This one's tells photos apart.
+    channels, stride = generator.backbone.channels, generator.backbone.stride
+    generator.backbone.body = nn.Sequential(
+        nn.Conv2d(3, channels, stride, stride), nn.BatchNorm2d(channels), nn.ReLU()
+    ).requires_grad_(generator.config.train_backbone)
     with torch.no_grad():
-        # A random backbone's map is almost 0, and a random output layer's rows almost alike.
-        generator.to_latent.weight.mul_(1e3)
-        generator.attend_map.weight.mul_(1e3)
         generator.output.weight.mul_(8)
         generator.output.bias[2] = -2.0
     return generator.eval()
@@ -88,9 +90,7 @@ def step_by_step(generator: Generator, photo: Tensor, rows: np.ndarray) -> tuple
 
 
 def same(a: Drawing, b: Drawing) -> bool:
-    return (
-        a.rows.tobytes() == b.rows.tobytes() and a.log_prob == b.log_prob and a.ended == b.ended
-    )
+    return a.rows.tobytes() == b.rows.tobytes() and a.log_prob == b.log_prob and a.ended == b.ended
 
 
 # --------------------------------------------------------------------------- likelihood
@@ -119,6 +119,14 @@ def test_nll_does_not_depend_on_the_padding_nor_on_the_other_sketches() -> None:
             alone = generator.nll(photo[i : i + 1], *padded(rows[i : i + 1]))
             for name in ("offset", "pen", "kl"):
                 assert float(terms[name][i]) == pytest.approx(float(alone[name][0]), rel=1e-5)
+
+
+def test_nll_of_a_photo_is_that_of_its_map() -> None:
+    generator = small()
+    photo, rows = photos(2), padded(people(generator, [4, 9]))
+    wanted = generator.nll(photo, *rows)
+    for name, value in generator.nll_of_map(generator.encode(photo), *rows).items():
+        assert torch.equal(value, wanted[name]), name
 
 
 def test_every_point_is_trained_and_the_end_rows_offset_is_not() -> None:
@@ -172,12 +180,18 @@ def test_the_latent_comes_from_the_average_of_the_map() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-2)
 
 
-def test_the_latent_is_sampled_in_training_alone() -> None:
+def test_the_latents_noise_moves_the_drawing_and_its_gradient_trains_the_spread() -> None:
     generator = small()
     photo, rows = photos(1), padded(people(generator, [4]))
-    assert torch.equal(generator.nll(photo, *rows)["pen"], generator.nll(photo, *rows)["pen"])
-    generator.train()
-    assert not torch.equal(generator.nll(photo, *rows)["pen"], generator.nll(photo, *rows)["pen"])
+    mean = generator.nll(photo, *rows)
+    still = generator.nll(photo, *rows, noise_BZ=torch.zeros(1, 8))
+    moved = generator.nll(photo, *rows, noise_BZ=torch.ones(1, 8))
+    assert torch.equal(mean["pen"], still["pen"])
+    assert not torch.equal(mean["pen"], moved["pen"])
+    moved["offset"].sum().backward()
+    grad = generator.to_latent.bias.grad
+    assert grad is not None
+    assert bool((grad[8:] != 0).all())
 
 
 def test_the_attentions_convolution_runs_once_a_batch() -> None:
@@ -273,7 +287,9 @@ def test_a_decoder_keeps_the_weights_it_was_made_of() -> None:
     photo = photos(1)
     (before,) = generator.draw(photo, [0])
     with torch.no_grad():
-        generator.output.bias.add_(1.0)
+        for name, parameter in generator.named_parameters():
+            if not name.startswith("backbone"):
+                parameter.mul_(-1.5)
     assert same(generator.draw(photo, [0], decoder=decoder)[0], before)
     assert not same(generator.draw(photo, [0])[0], before)
 
@@ -286,7 +302,9 @@ def test_drawings_are_canonical_and_keep_their_aspect() -> None:
         np.testing.assert_allclose((low + high) / 2, 128, atol=1e-2)
         path = drawing.rows[drawing.rows[:, 4] == 0, :2].cumsum(0)
         drawn = np.ptp(path, axis=0)
-        np.testing.assert_allclose(high - low, drawn * (190 / drawn.max()), rtol=1e-3, atol=1e-2)
+        if len(points) > 1:
+            scale = 190 / drawn.max()
+            np.testing.assert_allclose(high - low, drawn * scale, rtol=1e-3, atol=1e-2)
 
 
 def test_rows_of_a_drawing_are_stroke_5_and_stop_at_the_limit() -> None:
@@ -320,7 +338,7 @@ def test_samples_at_temperature_one_follow_the_model() -> None:
     drawings = generator.decoder().draw(map_BCHW, Noise.seeded(range(count), 3, 3, 1.0))
     first = np.stack([d.rows[0] for d in drawings])
     start = torch.zeros(1, 1, 5)
-    raw = {}
+    raw: dict[str, Tensor] = {}
     generator.output.register_forward_hook(lambda _, __, out: raw.update(out=out.detach()))
     generator.nll(photo, start, torch.tensor([1]))
     pen = raw["out"][0, 0, :2].softmax(0).numpy()  # the first row is never the end
@@ -370,24 +388,27 @@ def test_drawings_end_as_often_as_the_model_ends_them() -> None:
                 assert longer == pytest.approx(0.9**length, abs=4 * 0.5 / np.sqrt(count))
 
 
-def test_a_generator_trained_on_few_pairs_learns_when_to_stop() -> None:
+def test_a_generator_trained_on_two_pairs_learns_when_to_stop() -> None:
     generator = small(train_backbone=False, max_points=30)
-    counts = [5, 8, 12, 16]
-    points, length = padded(people(generator, counts))
-    # Four plain colours: no photo tells the length, unless the generator has learnt it.
-    colour = torch.tensor([[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0]])
-    photo = colour.to(torch.uint8)[:, :, None, None].expand(4, 3, SIZE, SIZE)
+    counts = [5, 12]
+    turns = [np.linspace(0, 2 * np.pi, count, endpoint=False) for count in counts]
+    polygons = [np.stack([np.cos(turn), np.sin(turn)], 1).astype(np.float32) for turn in turns]
+    drawn = [sketches.canonical([points]) for points in polygons]
+    generator.set_offset_scale(sketches.offset_scale(drawn))
+    points, length = padded([generator.rows(strokes) for strokes in drawn])
+    colour_23 = torch.tensor([[250, 0, 0], [0, 0, 250]], dtype=torch.uint8)
+    photo = colour_23[:, :, None, None].expand(2, 3, SIZE, SIZE)
     parameters = [p for p in generator.train().parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
-    for _ in range(150):
+    for _ in range(100):
         terms = generator.nll(photo, points, length)
         optimizer.zero_grad()
-        (terms["offset"] + terms["pen"]).mean().backward()  # type: ignore[no-untyped-call]
+        (terms["offset"] + terms["pen"]).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    drawings = generator.eval().draw(photo, range(4))
+    drawings = generator.eval().draw(photo, range(2))
     assert all(d.ended for d in drawings)
-    assert [len(d.rows) - 1 for d in drawings] == pytest.approx(counts, abs=2)
+    assert [len(d.rows) - 1 for d in drawings] == pytest.approx(counts, abs=3)
 
 
 def test_the_scale_of_the_offsets_is_stored_with_the_weights() -> None:
