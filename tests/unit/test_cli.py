@@ -1,4 +1,4 @@
-"""The command line: help with examples, errors in one line with their exit code, strict settings."""
+"""The command line: help with examples, errors in one line, strict settings."""
 
 import json
 import sys

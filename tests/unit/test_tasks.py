@@ -1,0 +1,189 @@
+"""What a step trains on: pairs stay pairs, splits stay apart, every source gives its share."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from sbir_ray.config import AugmentConfig
+from sbir_ray.data import photos, raster, strokes
+from sbir_ray.data.pairs import PairSet, new_pairs
+from sbir_ray.errors import UserError
+from sbir_ray.runlog import Ledger, write_json_atomic
+from sbir_ray.stream.pseudo_store import PSEUDO_SCHEMA
+from sbir_ray.train import tasks
+from sbir_ray.train.ranks import Ranks
+from sbir_ray.train.tasks import Job, build
+from tests.tiny import NO_CHANGE, generator_config, photo, retrieval_config, sketch, tiny_pairs
+
+CPU = torch.device("cpu")
+FLIPPED = dataclasses.replace(NO_CHANGE, flip=1.0)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return tiny_pairs(tmp_path_factory.mktemp("tiny") / "pairs")
+
+
+def task_of(kind, config, **inputs):
+    inputs = {name: str(path) for name, path in inputs.items()}
+    return build(Job(kind, "unused", config, inputs), Ranks(), CPU)
+
+
+def pseudo_folder(out, certainties, kept=True):
+    """A PSEUDO folder of the shapes from 20 on, one drawing each, with these certainties."""
+    rows = []
+    for i, certainty in enumerate(certainties):
+        rgb = photo(20 + i)
+        rows.append(
+            {
+                "photo_id": f"{i:064d}",
+                "image": photos.encode_jpeg(rgb),
+                "strokes": strokes.flatten(sketch(20 + i)),
+                "certainty": certainty,
+                "log_prob": -1.0,
+                "points": strokes.count_points(sketch(20 + i)),
+                "generator_version": 1,
+                "generator_digest": "0" * 12,
+                "seed": 0,
+                "round": 0,
+                "kept": kept,
+                "status": "kept" if kept else "filtered",
+                "reason": "" if kept else "certainty",
+            }
+        )
+    (out / "round-0000").mkdir(parents=True)
+    table = pa.Table.from_pylist(rows, PSEUDO_SCHEMA)
+    pq.write_table(table, out / "round-0000" / "part-00000.parquet")
+    ledger = Ledger("pseudo", len(rows))
+    ledger.add("kept" if kept else "filtered", "" if kept else "certainty", len(rows))
+    header = {"schema_version": 1, "kind": "pseudo", "sketcher": "x", "ledger": ledger.to_json()}
+    write_json_atomic(out / "pseudo.json", header)
+    return out
+
+
+def test_photo_and_sketch_are_mirrored_together_for_retrieval(pairs):
+    plain = task_of("retrieval", retrieval_config(augment=NO_CHANGE), pairs=pairs).batch(0)
+    flipped = task_of("retrieval", retrieval_config(augment=FLIPPED), pairs=pairs).batch(0)
+    assert torch.equal(flipped.photo_bCSS, plain.photo_bCSS.flip(-1))
+    differ = (flipped.sketch_bSS.int() - plain.sketch_bSS.flip(-1).int()).abs()
+    assert differ.max() <= 2
+    assert flipped.photo_ids == plain.photo_ids
+
+
+def test_photo_and_sketch_are_mirrored_together_for_the_generator(pairs):
+    plain = task_of("generator", generator_config(augment=NO_CHANGE), pairs=pairs)
+    flipped = task_of("generator", generator_config(augment=FLIPPED), pairs=pairs)
+    a, b = plain.batch(0), flipped.batch(0)
+    assert [flip for _, flip in a.photo_b] == [False] * 4
+    assert [flip for _, flip in b.photo_b] == [True] * 4
+    for row, mirrored, length in zip(a.points_bT5, b.points_bT5, a.length_b, strict=True):
+        points = int(length) - 1
+        torch.testing.assert_close(mirrored[:points, 0], -row[:points, 0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(mirrored[:points, 1:], row[:points, 1:])
+    pixels = torch.from_numpy(plain.pairs.photos[..., ::-1].copy())
+    torch.testing.assert_close(plain.maps[1], plain.model.encode(pixels))
+
+
+def test_the_default_augmentation_mirrors_half_of_the_generators_pairs(pairs):
+    task = task_of("generator", generator_config(), pairs=pairs)
+    flips = [flip for step in range(40) for _, flip in task.batch(step).photo_b]
+    assert 0.35 < np.mean(flips) < 0.65
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "generator"])
+def test_training_never_opens_the_test_split(pairs, monkeypatch, kind):
+    opened = []
+    load = PairSet.load.__func__
+
+    def recording(cls, folder, split, size):
+        opened.append(split)
+        return load(cls, folder, split, size)
+
+    monkeypatch.setattr(tasks.PairSet, "load", classmethod(recording))
+    config = retrieval_config() if kind == "retrieval" else generator_config()
+    task = task_of(kind, config, pairs=pairs)
+    task.batch(0)
+    with torch.no_grad():
+        task.evaluate()
+    assert set(opened) == {"train", "val"}
+
+
+def test_a_photo_that_comes_twice_in_a_batch_is_not_its_own_negative(tmp_path):
+    few = tiny_pairs(tmp_path / "few", train=3)
+    task = task_of("retrieval", retrieval_config(), pairs=few)
+    batch = task.batch(0)
+    assert len(set(batch.photo_ids)) == 3
+    assert len(batch.photo_ids) == 4
+    rows = task._embed(task.model.eval(), batch)
+    assert len(rows.photo_PD) == 3
+    twice = [i for i, name in enumerate(batch.photo_ids) if batch.photo_ids.count(name) == 2]
+    assert rows.photo_of_B[twice[0]] == rows.photo_of_B[twice[1]]
+
+
+def test_pseudo_pairs_are_as_many_as_labelled_ones_and_carry_their_certainty(tmp_path, pairs):
+    folder = pseudo_folder(tmp_path / "pseudo", [0.1, 0.2, 0.3, 0.4, 0.5])
+    task = task_of("retrieval", retrieval_config(), pairs=pairs, pseudo=folder)
+    batch = task.batch(3)
+    assert batch.labelled_B.tolist() == [True] * 4 + [False] * 4
+    assert batch.certainty_B[:4].tolist() == [1.0] * 4
+    for name, certainty in zip(batch.photo_ids[4:], batch.certainty_B[4:].tolist(), strict=True):
+        assert certainty == pytest.approx(0.1 * (int(name) + 1))
+    half = task_of("retrieval", retrieval_config(pseudo_share=0.5), pairs=pairs, pseudo=folder)
+    assert len(half.batch(3).photo_ids) == 6
+    losses = task.losses(batch, 3)
+    assert {"labelled", "pseudo", "certainty"} <= set(losses)
+
+
+def test_a_store_without_a_kept_pseudo_pair_is_refused(tmp_path, pairs):
+    folder = pseudo_folder(tmp_path / "pseudo", [0.1], kept=False)
+    with pytest.raises(UserError, match="no pseudo pair was kept"):
+        task_of("retrieval", retrieval_config(), pairs=pairs, pseudo=folder)
+
+
+def test_a_drawing_that_came_as_a_picture_is_used_as_it_is(tmp_path):
+    ink = raster.rasterise([sketch(0)], 128)[0]
+    ink[60:70, 60:70] = 255  # what no stroke has
+    rgb = photo(0)
+    with new_pairs(tmp_path / "p", source="tiny", layout="folder") as writer:
+        writer.add_photo({**photos.row_of_pixels(rgb, "0" * 64, "a", "a.png"), "split": "train"})
+        writer.add_sketch(
+            {
+                "sketch_id": "a_1",
+                "photo_id": "0" * 64,
+                "split": "train",
+                "strokes": strokes.flatten(sketch(0)),
+                "drawing": photos.encode_png(255 - ink),
+                "origin": "a.png",
+            }
+        )
+    for augment, flip in ((NO_CHANGE, 1), (FLIPPED, -1)):
+        task = task_of("retrieval", retrieval_config(augment=augment), pairs=tmp_path / "p")
+        expected = task.pairs.drawings[0][:, ::flip]
+        found = task.batch(0).sketch_bSS[0].numpy()
+        assert np.abs(found.astype(int) - expected.astype(int)).max() <= 2
+        assert found[31:34, 31:34].min() > 200
+        assert raster.rasterise([sketch(0)], 64)[0, 31:34, 31:34].max() == 0
+    turned = AugmentConfig(flip=0, rotate=20, scale=0.1, shift=8, bend=0, stroke_dropout=0)
+    task = task_of("retrieval", retrieval_config(augment=turned), pairs=tmp_path / "p")
+    moved = task.batch(0).sketch_bSS[0].numpy()
+    assert not np.array_equal(moved, task.pairs.drawings[0])
+    assert moved.sum() == pytest.approx(task.pairs.drawings[0].sum(), rel=0.3)
+
+
+def test_real_and_drawn_sketches_reach_the_discriminator_alike(tmp_path, pairs):
+    from sbir_ray.train.loop import fit
+
+    generator = Job("generator", str(tmp_path / "g"), generator_config(), {"pairs": str(pairs)})
+    fit(generator, Ranks(), CPU, lambda _: None)
+    task = task_of("discriminator", generator_config(), pairs=pairs, generator=tmp_path / "g")
+    batch = task.batch(0)
+    assert batch.real_bSS.shape == batch.drawn_bSS.shape == (4, 64, 64)
+    for kind in (batch.real_bSS, batch.drawn_bSS):
+        assert kind.dtype == torch.uint8
+        assert (kind.flatten(1).max(1).values > 128).all()
+    same = [torch.equal(a, b) for a, b in zip(batch.photo_bCSS, batch.wrong_bCSS, strict=True)]
+    assert not any(same)
