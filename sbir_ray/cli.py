@@ -109,7 +109,9 @@ def _workers(command: F) -> F:
     for option in (
         click.option("--gpu", is_flag=True, help="One GPU for each worker."),
         click.option(
-            "--cpus-per-worker", type=float, default=1.0, show_default=True, help="CPUs of each."
+            "--cpus-per-worker",
+            type=click.FloatRange(0, min_open=True),
+            help="CPUs and threads of each; by default all of this machine's, shared evenly.",
         ),
         click.option(
             "--workers",
@@ -413,7 +415,7 @@ def _train(
     address: str | None,
     workers: int,
     gpu: bool,
-    cpus_per_worker: float,
+    cpus_per_worker: float | None,
     as_json: bool,
 ) -> None:
     from sbir_ray.runlog import Progress

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 _DOWN, _END = 0, 2
 _CPU_BLOCK, _GPU_BLOCK = 16, 256
 _STEEP = 40.0
-"""Twice the largest term of the attention's tanh: exp() of it is finite, and beside the other term
-it would have to be cancelled to a tenth before tanh() could show the difference."""
+"""Limit of twice each term of the attention's tanh(a + b), so that exp() of it is finite. tanh() is
+1 or -1 from 9 on, so it acts only where two terms above 20 would cancel."""
 _QUANTUM = 4
 """The matrix product is always of a multiple of so many rows: it takes as long for four as for one,
 and each new number of rows costs the library a compilation."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import threading
 import uuid
@@ -30,7 +31,7 @@ def train(
     *,
     workers: int = 1,
     gpu: bool = False,
-    cpus_per_worker: float = 1.0,
+    cpus_per_worker: float | None = None,
     address: str | None = None,
     progress: Callable[[str], Progress] | None = None,
 ) -> list[dict[str, Any]]:
@@ -38,6 +39,8 @@ def train(
 
     Args:
         workers: processes that share each batch; 0: this process, without Ray.
+        cpus_per_worker: also the threads of each; None: this machine's CPUs divided among the
+            workers when Ray is started here, 1 on a cluster that is there.
         address: the Ray cluster, see :func:`sbir_ray.stream.cluster.connect`.
         progress: makes a progress line from a title, one for each job.
 
@@ -56,9 +59,12 @@ def train(
     try:
         if workers == 0:
             return _run(jobs, gpu, Ranks())
+        here = not (address or os.environ.get("RAY_ADDRESS"))
+        share = len(os.sched_getaffinity(0)) // workers if here else 1
+        cpus = cpus_per_worker or float(max(1, share))
         with connect(address):
-            ensure_fits(cpus_per_worker, float(gpu), workers, what="--workers")
-            return _with_ray(jobs, workers, gpu, cpus_per_worker)
+            ensure_fits(cpus, float(gpu), workers, what="--workers")
+            return _with_ray(jobs, workers, gpu, cpus)
     finally:
         stop.set()
         if progress is not None:
@@ -160,7 +166,7 @@ def _fresh(file: Path, seen: dict[str, int]) -> list[str]:
     if not file.exists():
         return []
     if _size(file) < seen[file.name]:  # the log was cut back to the resumed step
-        seen[file.name] = 0
+        seen[file.name] = _size(file)
     with file.open("rb") as stream:
         stream.seek(seen[file.name])
         data = stream.read()
