@@ -65,7 +65,7 @@ def test_no_test_photo_and_no_hidden_sketch_reached_the_training(finished):
     assert set(semi["inputs"]) == {"pairs", "pseudo", "teacher"}
     header = read_header(out / "pseudo-generator")
     generator = json.loads((out / "runs" / "generator" / "run.json").read_text())
-    assert header["generator_config"] == generator["config"]["model"]
+    assert header["generator_config"]["generator"] == generator["config"]["model"]
 
 
 def test_the_same_command_again_has_nothing_to_do(finished):

@@ -184,6 +184,6 @@ def test_real_and_drawn_sketches_reach_the_discriminator_alike(tmp_path, pairs):
     assert batch.real_bSS.shape == batch.drawn_bSS.shape == (4, 64, 64)
     for kind in (batch.real_bSS, batch.drawn_bSS):
         assert kind.dtype == torch.uint8
-        assert (kind.flatten(1).max(1).values > 128).all()
+        assert (kind.flatten(1).max(1).values > 0).all()
     same = [torch.equal(a, b) for a, b in zip(batch.photo_bCSS, batch.wrong_bCSS, strict=True)]
     assert not any(same)
