@@ -573,7 +573,8 @@ def evaluate(
 
 @cli.command()
 @click.argument("run", type=_FOLDER)
-def report(run: Path) -> None:
+@_json
+def report(run: Path, as_json: bool) -> None:
     """Write RUN/report.html, one self-contained page about a trained and evaluated run.
 
     Example: sbir-ray report runs/semi
@@ -581,7 +582,8 @@ def report(run: Path) -> None:
     from sbir_ray.report import write_report
     from sbir_ray.run_report import run_report
 
-    click.echo(write_report(run, run_report(run)))
+    page = write_report(run, run_report(run))
+    _show({"report": str(page)}, as_json, str(page))
 
 
 if __name__ == "__main__":

@@ -86,14 +86,14 @@ def sketch(
         else SketcherSpec(
             # Actors run in other folders.
             source=os.path.abspath(sketcher) if os.path.isdir(sketcher) else sketcher,
-            temperature=config.temperature,
+            temperature=_temperature(config, sketcher),
             device="cuda" if gpus_per_actor else "cpu",
             threads=max(1, int(cpus_per_actor)),
         )
     )
     # The driver need not have a GPU.
     author = dataclasses.replace(spec, device="cpu").make()
-    _refuse_without_effect(config, author)
+    _refuse_without_effect(config, author, _temperature(config, sketcher))
     least, most = actors
     if not 1 <= least <= most:
         raise UserError(f"--actors {least}:{most}: the least is 1, and not more than the most")
@@ -162,13 +162,20 @@ def filter_reason(drawn: Drawn, config: SketchConfig) -> str:
     return ""
 
 
-def _refuse_without_effect(config: SketchConfig, author: Sketcher) -> None:
+def _temperature(config: SketchConfig, sketcher: str | SketcherSpec) -> float:
+    """The setting; its default is a generator's, and means nothing to what draws without chance."""
+    default = SketchConfig().temperature
+    chanceless = isinstance(sketcher, str) and not os.path.isdir(sketcher)
+    return 0.0 if chanceless and config.temperature == default else config.temperature
+
+
+def _refuse_without_effect(config: SketchConfig, author: Sketcher, temperature: float) -> None:
     if config.min_certainty > 0 and not author.judged:
         raise UserError(
             f"min_certainty={config.min_certainty:g}: {author.name} has no discriminator, so all "
             "certainties are 1; leave it at 0"
         )
-    if config.samples > 1 and config.temperature == 0:
+    if config.samples > 1 and temperature == 0:
         raise UserError(
             f"samples={config.samples}: at temperature=0 all drawings of a photo are the same; "
             "set a temperature"

@@ -97,7 +97,16 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = GeneratorConfig(weights="none", max_points=ROWS - 1)
+    config = GeneratorConfig(
+        backbone="vgg16",
+        weights="none",
+        image_size=256,
+        latent=128,
+        hidden=512,
+        attention=256,
+        mixtures=20,
+        max_points=ROWS - 1,
+    )
     generator = Generator(config).eval()
     with torch.no_grad():
         generator.output.weight.mul_(4)  # drawings that depend on the photo and on the row before

@@ -1,6 +1,7 @@
 """Strict settings: what is unknown, of the wrong type or out of range is refused by name."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +78,11 @@ def test_a_file_without_a_version_is_refused(found):
 def test_a_newer_version_is_refused_by_name():
     with pytest.raises(UserError, match=r"x\.json: schema_version 99 is newer"):
         check_schema(99, "x.json")
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda f: f.stem
+)
+def test_every_recipe_loads(file):
+    cls = GeneratorTraining if "generator" in file.stem else RetrievalTraining
+    assert load(cls, file) != cls()
