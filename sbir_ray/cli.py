@@ -156,7 +156,7 @@ def show_settings(what: str) -> None:
 
 @cli.command()
 @click.option("--out", type=_FOLDER, default="runs/demo", show_default=True, help="Run folder.")
-@click.option("--quick", is_flag=True, help="Toy size, about 2 minutes: to see that all works.")
+@click.option("--quick", is_flag=True, help="Toy size, one to two minutes: to see that all works.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @_ray
 @_json

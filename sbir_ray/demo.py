@@ -100,7 +100,7 @@ FULL = Plan(
     negatives=16,
     seconds={
         "pairs": 18,
-        "photos": 5,
+        "photos": 15,
         "supervised": 105,
         "sketches": 22,
         "semi-supervised": 135,
@@ -115,12 +115,12 @@ QUICK = Plan(
     generator=_generator(steps=12, batch=8, size=64, critic_steps=4),
     negatives=4,
     seconds={
-        "pairs": 8,
-        "photos": 20,
-        "supervised": 35,
-        "sketches": 25,
-        "semi-supervised": 25,
-        "report": 5,
+        "pairs": 3,
+        "photos": 12,
+        "supervised": 16,
+        "sketches": 9,
+        "semi-supervised": 15,
+        "report": 3,
     },
 )
 NAMES = {

@@ -30,8 +30,8 @@ def pairs(count: int, size: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
     return photo, raster
 
 
-def test_the_default_is_pix2pix_sized() -> None:
-    net = PairDiscriminator(DiscriminatorConfig())
+def test_the_papers_size_is_pix2pix_sized() -> None:
+    net = PairDiscriminator(DiscriminatorConfig(channels=64, layers=3, image_size=256))
     with torch.no_grad():
         logit_B1hw = net(*pairs(1, 256))
     assert logit_B1hw.shape == (1, 1, 30, 30)
