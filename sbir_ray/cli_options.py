@@ -1,0 +1,108 @@
+"""Options that several commands share, and how a command shows its result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from sbir_ray import config as settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path)
+
+
+def with_settings(cls: type[Any], seed: bool = True) -> Callable[[F], F]:
+    """``--config``, ``--set`` and ``--seed``, handed to the command as one ``config``."""
+
+    def decorate(command: F) -> F:
+        def with_config(config_file: Path | None, sets: tuple[str, ...], **rest: Any) -> Any:
+            chosen = list(sets)
+            if seed and rest.get("seed") is not None:
+                chosen.append(f"seed={rest['seed']}")
+            rest.pop("seed", None)
+            return command(config=settings.load(cls, config_file, chosen), **rest)
+
+        wrapped: Any = with_config
+        wrapped.__doc__ = command.__doc__
+        wrapped.__name__ = command.__name__
+        wrapped.__click_params__ = getattr(command, "__click_params__", [])
+        if seed:
+            wrapped = click.option("--seed", type=int, help="Seed of all random choices.")(wrapped)
+        wrapped = click.option(
+            "--set",
+            "sets",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help=f"One setting, for example {_example(cls)}; may be repeated. "
+            f"`sbir-ray settings {NAMES[cls]}` lists them.",
+        )(wrapped)
+        wrapped = click.option(
+            "--config", "config_file", type=FOLDER, metavar="FILE.toml", help="Settings as TOML."
+        )(wrapped)
+        return wrapped  # type: ignore[no-any-return]
+
+    return decorate
+
+
+NAMES: dict[type[Any], str] = {
+    settings.RetrievalTraining: "retrieval",
+    settings.GeneratorTraining: "generator",
+    settings.IngestConfig: "ingest",
+    settings.SketchConfig: "sketch",
+}
+
+
+def _example(cls: type[Any]) -> str:
+    examples = {
+        settings.RetrievalTraining: "optim.lr=2e-4",
+        settings.GeneratorTraining: "model.backbone=mobilenetv2",
+        settings.IngestConfig: "longest=256",
+        settings.SketchConfig: "min_certainty=0.3",
+    }
+    return examples[cls]
+
+
+def with_json(command: F) -> F:
+    """``--json``, handed to the command as ``as_json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
+        command
+    )
+
+
+def with_ray(command: F) -> F:
+    """``--address``."""
+    return click.option(
+        "--address",
+        metavar="HOST:PORT",
+        help="Ray cluster to use (or RAY_ADDRESS); without one a local Ray is started.",
+    )(command)
+
+
+def with_workers(command: F) -> F:
+    """``--workers``, ``--cpus-per-worker``, ``--gpu``, ``--address``."""
+    for option in (
+        click.option("--gpu", is_flag=True, help="One GPU for each worker."),
+        click.option(
+            "--cpus-per-worker",
+            type=click.FloatRange(0, min_open=True),
+            help="CPUs and threads of each; by default all of this machine's, shared evenly.",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(0),
+            default=1,
+            show_default=True,
+            help="Ray Train workers that share each batch; 0: this process, without Ray.",
+        ),
+    ):
+        command = option(command)
+    return with_ray(command)
+
+
+def show(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """Print the result, as JSON or in words."""
+    click.echo(json.dumps(result, indent=1) if as_json else text)
