@@ -136,7 +136,7 @@ def import_command(
     """
     from sbir_ray.data.layouts import PACKAGE, ImportOptions, import_pairs
     from sbir_ray.data.sources import SourceOptions
-    from sbir_ray.data.splits import SplitOptions
+    from sbir_ray.data.splits import SplitOptions, read_fold
 
     if source is None and layout != "openmoji":
         raise UserError(f"--layout {layout}: name the folder to import, SRC")
@@ -145,7 +145,7 @@ def import_command(
         source=SourceOptions(photos=photos, sketches=sketches, pairs=pairs_csv),
         splits=SplitOptions(
             val_every=val_every,
-            fold=None if fold is None else _fold(fold),
+            fold=None if fold is None else read_fold(fold),
             val_fraction=val_fraction,
             test_fraction=test_fraction,
             seed=seed,
@@ -154,13 +154,6 @@ def import_command(
     )
     found = import_pairs(source or PACKAGE, layout, out, options)
     show(found.to_dict(), as_json, "\n".join([*found.lines(), f"{out}: written"]))
-
-
-def _fold(text: str) -> tuple[int, int]:
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdigit() and count.isdigit()):
-        raise UserError(f"--fold {text}: write it as k/n, for example 0/5")
-    return int(number), int(count)
 
 
 @pairs.command("check")

@@ -56,6 +56,18 @@ class SplitOptions:
             )
 
 
+def read_fold(text: str) -> tuple[int, int]:
+    """``k/n`` as ``SplitOptions.fold``.
+
+    Raises:
+        UserError: written otherwise.
+    """
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdigit() and count.isdigit()):
+        raise UserError(f"--fold {text}: write it as k/n, for example 0/5")
+    return int(number), int(count)
+
+
 def given_splits(
     photos: Sequence[SourcePhoto], source: Sequence[Split | None], options: SplitOptions
 ) -> tuple[list[Split | None], list[Disagreement]]:

@@ -58,6 +58,10 @@ def test_printed_settings_are_a_file_that_loads_to_the_defaults(monkeypatch, cap
         (["train", "semi", "--pairs", ".", "--out", "o"], "error: train semi: give --pseudo"),
         (["sketch", "--photos", "p", "--out", "o"], "error: sketch: give either --generator"),
         (["pairs", "import", "--layout", "qmul", "--out", "o"], "error: --layout qmul: name"),
+        (
+            ["pairs", "import", ".", "--layout", "qmul", "--out", "o", "--fold", "5"],
+            "error: --fold 5: write it as k/n",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
