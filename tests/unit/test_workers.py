@@ -55,8 +55,11 @@ def _worker(rank, world, port, jobs, out):
         for number, job in enumerate(jobs):
             found = gradients(job, Ranks(rank, world))
             save_file(found, out / f"{number}-{rank}.safetensors")
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+    # The libraries' threads may abort a process that ends by the interpreter's way; all is written.
+    os._exit(0)
 
 
 def in_processes(jobs, out, world=2):
