@@ -122,6 +122,8 @@ class GeneratorConfig:
     epsilon: float = 6.0
     """Tolerance of the simplification (RDP) of training sketches, canvas units: fewer, longer lines
     are learnt sooner."""
+    attend: bool = True
+    """Look at the map anew for each point (section 3.1); false: at its average, always."""
     train_backbone: bool = False
     """A backbone that does not train lets its maps be computed once."""
     kl_weight: float = 1.0
@@ -229,6 +231,33 @@ class IngestConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FilterConfig:
+    """Which drawings become pseudo pairs. A drawing is left out by the first of these that it does
+    not meet, and counted under that name."""
+
+    min_certainty: float = 0.0
+    """Least certainty of the discriminator."""
+    min_log_prob: float = -1000.0
+    """Least mean log-probability of a drawing's rows, nats."""
+    require_end: bool = False
+    """Only drawings that came to an end by themselves."""
+    min_points: int = 4
+    max_points: int = 400
+    min_strokes: int = 1
+    max_strokes: int = 100
+    min_ink: float = 0.0
+    """Least share of inked pixels of the drawing's 64 x 64 raster."""
+    max_ink: float = 1.0
+    max_rank: int = 0
+    """Largest rank of the photo, from 1, among the reference photos for its drawing, by the
+    teacher; 0: not asked."""
+
+    def __post_init__(self) -> None:
+        _at_least("max_rank", self.max_rank, 0)
+        _at_least("min_ink", self.min_ink, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SketchConfig:
     """``sketch``: how pseudo sketches are drawn and which are kept."""
 
@@ -240,18 +269,173 @@ class SketchConfig:
     Between them more drawings come to an end by themselves than at 0."""
     batch_size: int = 32
     """Photos that an actor draws at once."""
-    min_certainty: float = 0.0
-    """Keep a pseudo pair only when D's certainty is at least this."""
-    min_points: int = 4
-    max_points: int = 400
-    max_strokes: int = 100
-    require_end: bool = False
-    """Drop drawings that did not come to an end by themselves."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
 
     def __post_init__(self) -> None:
         _at_least("samples", self.samples, 1)
         _at_least("temperature", self.temperature, 0)
         _at_least("batch_size", self.batch_size, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyConfig:
+    """How the generator learns from the retrieval network and the discriminator (Eq. 8, 9)."""
+
+    kind: Literal["reinforce", "soft", "both", "none"] = "reinforce"
+    """``reinforce``: the policy gradient on sampled drawings; ``soft``: gradients of F and D
+    through a differentiable raster of the drawing; ``both``: their sum; ``none``: Eq. 3 alone."""
+    samples: int = 2
+    """Drawings a photo, sampled at temperature 1."""
+    retrieval_weight: float = 1.0
+    """lambda_r1: of minus the drawing's triplet loss under F."""
+    certainty_weight: float = 1.0
+    """lambda_r2: of D's certainty."""
+    weight: float = 0.1
+    """lambda_G: of the policy gradient beside Eq. 3."""
+    soft_weight: float = 0.1
+    """Of the gradient through the raster beside Eq. 3."""
+    soft_sigma: float = 2.0
+    """Standard deviation of its lines' ink, canvas units."""
+    baseline: Literal["none", "greedy", "leave_one_out"] = "leave_one_out"
+    """What a reward is compared with: nothing (the paper), the reward of the photo's pseudo sketch
+    (self-critical), or the mean of the photo's other samples."""
+    normalise: bool = True
+    """Divide the advantages by their standard deviation over the batch."""
+    per_row: bool = True
+    """The mean log-probability of a drawing's rows; false: their sum (the paper)."""
+    layers: Literal["all", "last"] = "all"
+    """What the policy gradient trains; ``last``: W_y and b_y alone (the paper)."""
+    max_ratio: float = 2.0
+    """Limit of the importance ratio of drawings made by older weights; 0: no correction."""
+
+    def __post_init__(self) -> None:
+        _at_least("samples", self.samples, 1)
+        _at_least("weight", self.weight, 0)
+        _at_least("soft_weight", self.soft_weight, 0)
+        _positive("soft_sigma", self.soft_sigma)
+        _at_least("max_ratio", self.max_ratio, 0)
+        if self.baseline == "leave_one_out" and self.samples < 2 and self.reinforces:
+            raise ValueError("baseline: leave_one_out needs samples=2 or more")
+
+    @property
+    def reinforces(self) -> bool:
+        """Whether drawings are sampled for the policy gradient."""
+        return self.kind in ("reinforce", "both")
+
+    @property
+    def softens(self) -> bool:
+        """Whether gradients go through the raster."""
+        return self.kind in ("soft", "both")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    """The order of the joint updates (Algorithm 1)."""
+
+    steps: int = 240
+    """Updates of F and D, and of G, counted together."""
+    retrieval_steps: int = 5
+    """k_r: updates of F and D before G's turn."""
+    generator_steps: int = 5
+    """k_g: updates of G before F's and D's turn; 0: G does not change."""
+    pseudo_warmup: int = 0
+    """Steps before pseudo pairs count."""
+    pseudo_ramp: int = 0
+    """Steps over which their weight then rises."""
+    policy_warmup: int = 0
+    """Steps before G learns from F and D."""
+    policy_ramp: int = 0
+    """Steps over which that weight then rises."""
+
+    def __post_init__(self) -> None:
+        _at_least("steps", self.steps, 1)
+        _at_least("retrieval_steps", self.retrieval_steps, 1)
+        _at_least("generator_steps", self.generator_steps, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamConfig:
+    """AdamW of one network in joint training (weight decay 0: Adam)."""
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    schedule: Literal["one_cycle", "constant"] = "constant"
+    clip_norm: float = 5.0
+
+    def __post_init__(self) -> None:
+        _positive("lr", self.lr)
+        _positive("clip_norm", self.clip_norm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamConfig:
+    """Where joint training gets its pseudo sketches from."""
+
+    sync: bool = False
+    """The learners draw for themselves, one after the other with training: repeatable bit for bit.
+    False: generator actors draw while the learners train."""
+    temperature: float = 0.25
+    """Of the drawings that become pseudo pairs, as for ``sketch``."""
+    batch_size: int = 16
+    """Photos that an actor draws at once."""
+    max_tries: int = 3
+    """Photos that may be drawn for each pseudo pair of a step, until one passes the filters."""
+    max_staleness: int = 4
+    """Versions of the generator that a drawing may lie behind; older ones are dropped."""
+    window: int = 3
+    """Steps' worth of drawings that may be under way or waiting at once."""
+    wait_limit: float = 300.0
+    """Seconds that a learner waits for drawings before the run fails."""
+
+    def __post_init__(self) -> None:
+        _at_least("temperature", self.temperature, 0)
+        _at_least("batch_size", self.batch_size, 1)
+        _at_least("max_tries", self.max_tries, 1)
+        _at_least("max_staleness", self.max_staleness, 0)
+        _at_least("window", self.window, 1)
+        _positive("wait_limit", self.wait_limit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JointTraining:
+    """``train joint``: F, D and G trained together (Algorithm 1), after each alone."""
+
+    seed: int = 0
+    retrieval: RetrievalTraining = field(default_factory=RetrievalTraining)
+    """F: its supervised training first (not when --teacher is given), and its loss, augmentation,
+    labelled rows a step (optim.batch_size) and pseudo_share in joint training."""
+    generator: GeneratorTraining = field(default_factory=GeneratorTraining)
+    """G and D: their training first (not when --generator is given), and G's labelled rows a step
+    and augmentation in joint training."""
+    warm_start: bool = False
+    """Joint training takes F up where its supervised training ended; false: from the backbone's
+    weights."""
+    teacher: Literal["frozen", "ema"] = "frozen"
+    """Whose distances are distilled: F as its supervised training ended (the paper), or its running
+    average."""
+    ema_decay: float = 0.99
+    """Of the running average, a step of F."""
+    retrieval_optim: AdamConfig = field(
+        default_factory=lambda: AdamConfig(lr=4e-4, weight_decay=0.01, schedule="one_cycle")
+    )
+    """F's in joint training."""
+    discriminator_optim: AdamConfig = field(default_factory=lambda: AdamConfig(lr=1e-4, beta1=0.5))
+    """D's in joint training."""
+    generator_optim: AdamConfig = field(default_factory=lambda: AdamConfig(lr=5e-4, clip_norm=1.0))
+    """G's in joint training."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: {self.ema_decay:g} is not in [0, 1)")
+        for name, part in (("retrieval", self.retrieval), ("generator", self.generator)):
+            if part.seed:
+                raise ValueError(f"{name}.seed: all parts take the run's seed; set seed instead")
 
 
 # --------------------------------------------------------------------------- strict loading
