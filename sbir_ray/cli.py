@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import click
 
@@ -17,13 +17,15 @@ from sbir_ray import config as settings
 from sbir_ray.cli_options import (
     FOLDER,
     NAMES,
+    PAIRS,
     show,
+    with_actors,
     with_json,
     with_ray,
     with_settings,
-    with_workers,
 )
 from sbir_ray.errors import SbirError, UserError
+from sbir_ray.train_cli import train
 
 
 def main() -> None:
@@ -254,17 +256,8 @@ def ingest(
 )
 @click.option("--photos", type=FOLDER, required=True, help="PHOTOS folder.")
 @click.option("--out", type=FOLDER, required=True, help="PSEUDO folder to write.")
-@click.option(
-    "--actors",
-    metavar="MIN:MAX",
-    default="1:2",
-    show_default=True,
-    help="Processes that draw, at least and at most.",
-)
-@click.option("--cpus-per-actor", type=float, default=1.0, show_default=True)
-@click.option(
-    "--gpus-per-actor", type=float, default=0.0, show_default=True, help="May be a fraction."
-)
+@click.option("--teacher", type=FOLDER, metavar="RUN", help="Who ranks, for filters.max_rank.")
+@with_actors
 @with_ray
 @with_json
 @with_settings(settings.SketchConfig)
@@ -274,9 +267,10 @@ def sketch(
     sketcher: str | None,
     photos: Path,
     out: Path,
-    actors: str,
-    cpus_per_actor: float,
-    gpus_per_actor: float,
+    teacher: Path | None,
+    actors: tuple[int, int] | None,
+    cpus_per_actor: float | None,
+    gpus_per_actor: float | None,
     address: str | None,
     as_json: bool,
 ) -> None:
@@ -290,150 +284,24 @@ def sketch(
 
     if (generator is None) == (sketcher is None):
         raise UserError("sketch: give either --generator RUN or --sketcher contours|edges")
-    least, colon, most = actors.partition(":")
-    if not least.isdigit() or not (most if colon else least).isdigit():
-        raise UserError(f"--actors {actors}: write it as 2 or as 1:4")
     with connect(address):
         ledger = run_sketch(
             photos.resolve(),
             out.resolve(),
             sketcher or str(generator),
             config,
-            actors=(int(least), int(most if colon else least)),
-            cpus_per_actor=cpus_per_actor,
-            gpus_per_actor=gpus_per_actor,
+            teacher=teacher,
+            actors=actors or (1, 2),
+            cpus_per_actor=cpus_per_actor or 1.0,
+            gpus_per_actor=gpus_per_actor or 0.0,
             progress=lambda title: Progress(title, unit="drawings"),
         )
     show(ledger.to_json(), as_json, f"{out}: {ledger}")
 
 
-@cli.group()
-def train() -> None:
-    """Train the retrieval network, the generator, or the retrieval network on both kinds of pairs.
-
-    A run folder that was interrupted goes on when the command is repeated.
-    """
-
-
-def _train(
-    jobs: list[Any],
-    address: str | None,
-    workers: int,
-    gpu: bool,
-    cpus_per_worker: float | None,
-    as_json: bool,
-) -> None:
-    from sbir_ray.runlog import Progress
-    from sbir_ray.train.launch import train as run_training
-
-    results = run_training(
-        jobs,
-        workers=workers,
-        gpu=gpu,
-        cpus_per_worker=cpus_per_worker,
-        address=address,
-        progress=lambda title: Progress(title, unit="steps"),
-    )
-    out, result = jobs[0].out, results[0]
-    told = ("acc@1", "acc@5", "acc@10", "mean_rank", "offset", "pen", "kl")
-    numbers = [f"{k} {result[k]:.3f}" for k in told if k in result]
-    text = f"{out}: trained. Validation: {', '.join(numbers) or 'no validation split'}"
-    show({"run": str(out), "validation": result}, as_json, text)
-
-
-def _inputs(**paths: Path | None) -> dict[str, str]:
-    """Absolute, since workers run in other folders."""
-    for name, path in paths.items():
-        if path is not None and not path.exists():
-            raise UserError(f"{path}: does not exist (--{name})")
-    return {name: str(path.resolve()) for name, path in paths.items() if path is not None}
-
-
-_PAIRS = click.option("--pairs", "pairs_dir", type=FOLDER, required=True, help="PAIRS folder.")
-_OUT = click.option("--out", type=FOLDER, required=True, help="Run folder to write or resume.")
-
-
-@train.command("retrieval")
-@_PAIRS
-@_OUT
-@with_workers
-@with_json
-@with_settings(settings.RetrievalTraining)
-def train_retrieval(
-    config: settings.RetrievalTraining, pairs_dir: Path, out: Path, as_json: bool, **ray: Any
-) -> None:
-    """Supervised training of the retrieval network F on labelled pairs.
-
-    Example: sbir-ray train retrieval --pairs chairs --out runs/f --workers 2
-    """
-    from sbir_ray.train.tasks import Job
-
-    job = Job("retrieval", str(out.resolve()), config, _inputs(pairs=pairs_dir))
-    _train([job], as_json=as_json, **ray)
-
-
-@train.command("generator")
-@_PAIRS
-@_OUT
-@with_workers
-@with_json
-@with_settings(settings.GeneratorTraining)
-def train_generator(
-    config: settings.GeneratorTraining, pairs_dir: Path, out: Path, as_json: bool, **ray: Any
-) -> None:
-    """Supervised training of the generator G on labelled pairs, then of the discriminator D on G's
-    drawings (in OUT/discriminator).
-
-    Example: sbir-ray train generator --pairs chairs --out runs/g
-    """
-    from sbir_ray.train.tasks import Job, generator_jobs
-
-    jobs: list[Job] = generator_jobs(str(out.resolve()), config, _inputs(pairs=pairs_dir))
-    _train(jobs, as_json=as_json, **ray)
-
-
-@train.command("semi")
-@_PAIRS
-@click.option("--pseudo", type=FOLDER, help="PSEUDO folder: drawn photos, as weighted pairs.")
-@click.option("--teacher", type=FOLDER, help="Run of the supervised network, for distillation.")
-@click.option(
-    "--negatives",
-    type=FOLDER,
-    help="PHOTOS folder: as negatives alone (set negatives=16 for 16 a step).",
-)
-@_OUT
-@with_workers
-@with_json
-@with_settings(settings.RetrievalTraining)
-def train_semi(
-    config: settings.RetrievalTraining,
-    pairs_dir: Path,
-    pseudo: Path | None,
-    teacher: Path | None,
-    negatives: Path | None,
-    out: Path,
-    as_json: bool,
-    **ray: Any,
-) -> None:
-    """Semi-supervised training of the retrieval network on labelled and pseudo pairs (Eq. 7).
-
-    Example: sbir-ray train semi --pairs chairs --pseudo pseudo --teacher runs/f --out runs/semi
-    """
-    from sbir_ray.train.tasks import Job
-
-    if pseudo is None and negatives is None:
-        raise UserError("train semi: give --pseudo, --negatives or both; else use train retrieval")
-    if negatives is not None and config.negatives == 0:
-        raise UserError("--negatives has no effect with negatives=0; add --set negatives=16")
-    if negatives is None and config.negatives:
-        raise UserError(f"negatives={config.negatives} needs photos; add --negatives PHOTOS")
-    inputs = _inputs(pairs=pairs_dir, pseudo=pseudo, teacher=teacher, negatives=negatives)
-    _train([Job("retrieval", str(out.resolve()), config, inputs)], as_json=as_json, **ray)
-
-
 @cli.command()
 @click.argument("run", type=FOLDER)
-@_PAIRS
+@PAIRS
 @click.option(
     "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True
 )
@@ -489,6 +357,9 @@ def report(run: Path, as_json: bool) -> None:
 
     page = write_report(run, run_report(run))
     show({"report": str(page)}, as_json, str(page))
+
+
+cli.add_command(train)
 
 
 if __name__ == "__main__":

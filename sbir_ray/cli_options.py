@@ -13,6 +13,8 @@ from sbir_ray import config as settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
+PAIRS = click.option("--pairs", "pairs_dir", type=FOLDER, required=True, help="PAIRS folder.")
+OUT = click.option("--out", type=FOLDER, required=True, help="Run folder to write or resume.")
 
 
 def with_settings(cls: type[Any], seed: bool = True) -> Callable[[F], F]:
@@ -53,6 +55,7 @@ NAMES: dict[type[Any], str] = {
     settings.GeneratorTraining: "generator",
     settings.IngestConfig: "ingest",
     settings.SketchConfig: "sketch",
+    settings.JointTraining: "joint",
 }
 
 
@@ -61,7 +64,8 @@ def _example(cls: type[Any]) -> str:
         settings.RetrievalTraining: "optim.lr=2e-4",
         settings.GeneratorTraining: "model.backbone=mobilenetv2",
         settings.IngestConfig: "longest=256",
-        settings.SketchConfig: "min_certainty=0.3",
+        settings.SketchConfig: "filters.min_certainty=0.3",
+        settings.JointTraining: "policy.weight=0.2",
     }
     return examples[cls]
 
@@ -80,6 +84,39 @@ def with_ray(command: F) -> F:
         metavar="HOST:PORT",
         help="Ray cluster to use (or RAY_ADDRESS); without one a local Ray is started.",
     )(command)
+
+
+class Range(click.ParamType[tuple[int, int]]):
+    """``2`` or ``1:4``."""
+
+    name = "MIN:MAX"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Least and most."""
+        if isinstance(value, tuple):
+            return value
+        least, colon, most = str(value).partition(":")
+        if not least.isdigit() or not (most if colon else least).isdigit():
+            self.fail(f"{value}: write it as 2 or as 1:4", param, ctx)
+        return int(least), int(most if colon else least)
+
+
+def with_actors(command: F) -> F:
+    """``--actors``, ``--cpus-per-actor``, ``--gpus-per-actor``; None where not given."""
+    for option in (
+        click.option("--gpus-per-actor", type=float, help="May be a fraction."),
+        click.option("--cpus-per-actor", type=float, help="1 by default."),
+        click.option(
+            "--actors",
+            type=Range(),
+            metavar="MIN:MAX",
+            help="Processes that draw, at least and at most.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def with_workers(command: F) -> F:

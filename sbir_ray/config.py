@@ -152,23 +152,36 @@ class DiscriminatorConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OptimConfig:
-    """AdamW (weight decay 0: Adam) and its schedule."""
+class AdamConfig:
+    """AdamW of one network (weight decay 0: Adam) and the schedule of its rate."""
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    schedule: Literal["one_cycle", "constant"] = "constant"
+    clip_norm: float = 5.0
+    """Largest norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        _positive("lr", self.lr)
+        _positive("clip_norm", self.clip_norm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig(AdamConfig):
+    """The training of one network alone."""
 
     steps: int = 240
     batch_size: int = 32
     """Labelled pairs a step, over all workers."""
     lr: float = 4e-4
     weight_decay: float = 0.01
-    beta1: float = 0.9
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
-    clip_norm: float = 5.0
 
     def __post_init__(self) -> None:
+        AdamConfig.__post_init__(self)
         _at_least("steps", self.steps, 1)
         _at_least("batch_size", self.batch_size, 2)
-        _positive("lr", self.lr)
-        _positive("clip_norm", self.clip_norm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,8 +297,10 @@ class PolicyConfig:
     kind: Literal["reinforce", "soft", "both", "none"] = "reinforce"
     """``reinforce``: the policy gradient on sampled drawings; ``soft``: gradients of F and D
     through a differentiable raster of the drawing; ``both``: their sum; ``none``: Eq. 3 alone."""
+    batch_size: int = 8
+    """Photos a step of G whose drawings are rewarded, so many labelled and so many unlabelled."""
     samples: int = 2
-    """Drawings a photo, sampled at temperature 1."""
+    """Drawings of each, sampled at temperature 1."""
     retrieval_weight: float = 1.0
     """lambda_r1: of minus the drawing's triplet loss under F."""
     certainty_weight: float = 1.0
@@ -351,21 +366,6 @@ class ScheduleConfig:
         _at_least("steps", self.steps, 1)
         _at_least("retrieval_steps", self.retrieval_steps, 1)
         _at_least("generator_steps", self.generator_steps, 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdamConfig:
-    """AdamW of one network in joint training (weight decay 0: Adam)."""
-
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    schedule: Literal["one_cycle", "constant"] = "constant"
-    clip_norm: float = 5.0
-
-    def __post_init__(self) -> None:
-        _positive("lr", self.lr)
-        _positive("clip_norm", self.clip_norm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

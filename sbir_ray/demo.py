@@ -46,8 +46,9 @@ from sbir_ray.stream.cluster import connect
 from sbir_ray.stream.ingest import ingest
 from sbir_ray.stream.pseudo_store import PseudoSet
 from sbir_ray.stream.sketching import sketch
+from sbir_ray.train.job import Job
 from sbir_ray.train.launch import train
-from sbir_ray.train.tasks import Job, generator_jobs
+from sbir_ray.train.tasks import generator_jobs
 
 NOTE = (
     "These pairs are art whose lines and colours come from one drawing, aligned to the pixel: they "

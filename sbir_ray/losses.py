@@ -85,6 +85,23 @@ def triplet(
     return (margin + near_B - far_B).clamp(min=0)
 
 
+def mean_triplet(sketch_BD: Tensor, photo_PD: Tensor, photo_of_B: Tensor, margin: float) -> Tensor:
+    """Mean of each pair's :func:`triplet` losses (B,) with every other photo as the negative.
+
+    What the loss of a random negative is on average, without its chance.
+
+    Raises:
+        ValueError: fewer than two photos.
+    """
+    others = len(photo_PD) - 1
+    if others < 1:
+        raise ValueError("a triplet needs two photos or more")
+    distance_BP = _distances(sketch_BD, photo_PD)
+    near_B1 = distance_BP.gather(1, photo_of_B[:, None])
+    loss_BP = (margin + near_B1 - distance_BP).clamp(min=0)
+    return loss_BP.scatter(1, photo_of_B[:, None], 0.0).sum(1) / others
+
+
 def instance_weights(
     certainty_B: Tensor, labelled_B: Tensor, kind: Literal["raw", "normalised", "none"]
 ) -> Tensor:
@@ -135,8 +152,9 @@ def distillation(
         photo_P = _distance(teacher_photo_PD, photo_PD)
         return (sketch_B + photo_P[photo_of_B]) / 2
     batch_ND = torch.cat([sketch_BD, photo_PD])
-    wanted_NN = _distances(torch.cat([teacher_sketch_BD, teacher_photo_PD]))
-    off_N = (wanted_NN - _distances(batch_ND)).abs().sum(1) / (len(batch_ND) - 1)
+    wanted_ND = torch.cat([teacher_sketch_BD, teacher_photo_PD])
+    off_NN = _distances(wanted_ND, wanted_ND) - _distances(batch_ND, batch_ND)
+    off_N = off_NN.abs().sum(1) / (len(batch_ND) - 1)
     return (off_N[: len(sketch_BD)] + off_N[len(sketch_BD) + photo_of_B]) / 2
 
 
@@ -180,14 +198,24 @@ def mixture_nll(mix: Mixture, offset: Tensor) -> Tensor:
 
     However far an offset lies from all components: nothing is added to the density.
     """
-    z = (offset.unsqueeze(-2) - mix.mean) * (-mix.log_sigma).exp()
-    z_x, z_y = z.unbind(-1)
-    # (z_x^2 - 2 rho z_x z_y + z_y^2) / (1 - rho^2) as a sum of squares, which rounding cannot make
-    # negative.
-    rest = 1 - mix.rho.square()
-    square = z_x.square() + (z_y - mix.rho * z_x).square() / rest
-    log_density = -square / 2 - mix.log_sigma.sum(-1) - rest.log() / 2 - math.log(2 * math.pi)
-    return -(mix.log_pi + log_density).logsumexp(-1)
+    return -_log_components(mix, offset).logsumexp(-1)
+
+
+def redrawn(mix: Mixture, offset: Tensor) -> Tensor:
+    """The offsets (..., 2) that were drawn, as differentiable functions of the mixture.
+
+    Each component would have drawn the offset from some standard normal numbers; with these held
+    fixed its draw moves with its mean, sigma and rho. The offset is the mean of the components'
+    draws, each weighted by the odds that it was the one, held fixed too. The value is ``offset``
+    but for rounding.
+    """
+    with torch.no_grad():
+        odds = _log_components(mix, offset).softmax(-1)
+        x, z_y = ((offset.unsqueeze(-2) - mix.mean) * (-mix.log_sigma).exp()).unbind(-1)
+        y = (z_y - mix.rho * x) / (1 - mix.rho.square()).sqrt()
+    correlated = torch.stack([x, mix.rho * x + (1 - mix.rho.square()).sqrt() * y], -1)
+    drawn = mix.mean + mix.log_sigma.exp() * correlated
+    return (odds.unsqueeze(-1) * drawn).sum(-2)
 
 
 def pen_cross_entropy(logit_BT3: Tensor, pen_BT: Tensor) -> Tensor:
@@ -253,35 +281,80 @@ def patch_bce(logit_B1hw: Tensor, target: float) -> Tensor:
 def reward(
     retrieval_B: Tensor, certainty_B: Tensor, retrieval_weight: float, certainty_weight: float
 ) -> Tensor:
-    """Reward of each drawing (B,), without gradient: -l1 * its retrieval loss + l2 * D (Eq. 8)."""
-    return (certainty_weight * certainty_B - retrieval_weight * retrieval_B).detach()
+    """Reward of each drawing (B,): -lambda_r1 * its retrieval loss + lambda_r2 * D (Eq. 8)."""
+    return certainty_weight * certainty_B - retrieval_weight * retrieval_B
 
 
-def leave_one_out(reward_B: Tensor) -> Tensor:
-    """Baseline of each drawing (B,): the mean reward of the others; 0 for one alone.
+def leave_one_out(reward_B: Tensor, photo_B: Tensor) -> Tensor:
+    """Baseline of each drawing (B,): the mean reward of its photo's other drawings, 0 without any.
 
-    It does not depend on the drawing's own reward, so the gradient stays unbiased.
+    It does not depend on the drawing itself, so the gradient stays unbiased.
+
+    Args:
+        photo_B: int64, a number for each photo.
     """
-    others = len(reward_B) - 1
-    return (reward_B.sum() - reward_B) / others if others else torch.zeros_like(reward_B)
+    same_BB = (photo_B[:, None] == photo_B).to(reward_B.dtype)
+    same_BB.fill_diagonal_(0)
+    return same_BB @ reward_B / same_BB.sum(1).clamp(min=1)
+
+
+def normalised(advantage_B: Tensor) -> Tensor:
+    """The advantages (B,) divided by their root mean square: the standard deviation about 0.
+
+    Not about their mean: where they are all alike, as with no baseline, that is next to nothing,
+    and dividing by it would make their size arbitrary. Not centred: what an advantage is compared
+    with is the baseline's choice.
+    """
+    return advantage_B / advantage_B.square().mean().sqrt().clamp(min=1e-6)
+
+
+def importance_ratio(log_prob_B: Tensor, behaviour_B: Tensor, max_ratio: float) -> Tensor:
+    """Weight (B,), without gradient, of drawings that older weights made: min(p / q, max_ratio).
+
+    Args:
+        log_prob_B: log p of each drawing under the weights that learn.
+        behaviour_B: log q, under those that drew it.
+        max_ratio: limit that keeps one drawing from outweighing all others; 0: no correction, 1.
+    """
+    if max_ratio == 0:
+        return torch.ones_like(log_prob_B)
+    log_ratio_B = log_prob_B.detach() - behaviour_B.detach()
+    return log_ratio_B.clamp(max=math.log(max_ratio)).exp()
 
 
 def policy_surrogate(
-    log_prob_BT: Tensor, rows_B: Tensor, reward_B: Tensor, baseline_B: Tensor
+    log_prob_B: Tensor, rows_B: Tensor, advantage_B: Tensor, ratio_B: Tensor, *, per_row: bool
 ) -> Tensor:
     """What to minimise to raise the expected reward, for each drawing (B,) (Eq. 9).
 
-    Its gradient is -(reward - baseline) times that of the mean log-probability of the drawing's
-    rows: the mean, so that long drawings do not outweigh short ones.
+    Its gradient is -ratio * advantage times that of the drawing's log-probability.
 
     Args:
-        log_prob_BT: log-probability of each sampled row, offset and pen together.
-        rows_B: int64, the rows that were sampled (with the end row).
+        log_prob_B: sum over the rows that were drawn, offset and pen together.
+        rows_B: number of these rows.
+        advantage_B: reward less baseline.
+        ratio_B: of :func:`importance_ratio`.
+        per_row: take the mean over the rows, so that long drawings do not outweigh short ones;
+            this is no longer the gradient of the expected reward, but of reward per row.
     """
-    return -(reward_B - baseline_B).detach() * masked_mean(log_prob_BT, rows_B)
+    if per_row:
+        log_prob_B = log_prob_B / rows_B
+    return -(ratio_B * advantage_B).detach() * log_prob_B
 
 
 # --------------------------------------------------------------------------- parts
+
+
+def _log_components(mix: Mixture, offset: Tensor) -> Tensor:
+    """log(pi * density) of offsets (..., 2) for each component (..., M)."""
+    z = (offset.unsqueeze(-2) - mix.mean) * (-mix.log_sigma).exp()
+    z_x, z_y = z.unbind(-1)
+    # (z_x^2 - 2 rho z_x z_y + z_y^2) / (1 - rho^2) as a sum of squares, which rounding cannot make
+    # negative.
+    rest = 1 - mix.rho.square()
+    square = z_x.square() + (z_y - mix.rho * z_x).square() / rest
+    log_density = -square / 2 - mix.log_sigma.sum(-1) - rest.log() / 2 - math.log(2 * math.pi)
+    return mix.log_pi + log_density
 
 
 def _distance(a_BD: Tensor, b_BD: Tensor) -> Tensor:
@@ -290,12 +363,10 @@ def _distance(a_BD: Tensor, b_BD: Tensor) -> Tensor:
     return distance_B
 
 
-def _distances(batch_ND: Tensor) -> Tensor:
-    """L2 distances of all rows (N, N), with gradient 0 where they are equal.
+def _distances(a_AD: Tensor, b_BD: Tensor) -> Tensor:
+    """L2 distances of all rows (A, B), with gradient 0 where they are equal.
 
     Not by way of the dot products: their rounding makes near rows look apart.
     """
-    distance_NN: Tensor = torch.cdist(
-        batch_ND, batch_ND, compute_mode="donot_use_mm_for_euclid_dist"
-    )
-    return distance_NN
+    distance_AB: Tensor = torch.cdist(a_AD, b_BD, compute_mode="donot_use_mm_for_euclid_dist")
+    return distance_AB

@@ -28,6 +28,8 @@ SVG_DASHES = ("none", "9 3.6", "2.7 2.7", "10.8 3.6 2.7 3.6", "16 5.4")
 COLOURS = 5
 """Colours of the page, ``--line-1`` to ``--line-5``."""
 
+_TINT, _TINTED = (236, 106, 30), 0.8
+"""Colour of what is looked at, and how much of it covers the photo where the look is strongest."""
 _NICE = [1, 2, 2.5, 5, 10]
 # Written by matplotlib and then replaced by the page's own colours, which follow its dark mode.
 _TEXT, _RULE = "#010203", "#010204"
@@ -41,6 +43,18 @@ def photo_uri(rgb: NDArray[np.uint8]) -> str:
     stream = io.BytesIO()
     image.save(stream, "WEBP", quality=78, method=4)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def look_uri(rgb: NDArray[np.uint8], share: Floats) -> str:
+    """A photo, uint8 (H, W, 3), paled, and tinted where ``share`` (h, w) of a look is large."""
+    photo = Image.fromarray(np.ascontiguousarray(rgb)).convert("L")
+    photo.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    map_hw = Image.fromarray((share / max(share.max(), 1e-12)).astype(np.float32))
+    heat_HW1 = np.asarray(map_hw.resize(photo.size, Image.Resampling.BICUBIC))[..., None]
+    pale_HW1 = 255 - 0.55 * (255 - np.asarray(photo, np.float64))[..., None]
+    weight_HW1 = _TINTED * heat_HW1.clip(0, 1)
+    tinted_HW3 = pale_HW1 * (1 - weight_HW1) + np.array(_TINT) * weight_HW1
+    return photo_uri(np.rint(tinted_HW3).astype(np.uint8))
 
 
 def sketch_path(strokes: Sequence[NDArray[np.float32]]) -> str:
@@ -76,13 +90,15 @@ class Line(NamedTuple):
     """(n,); one that is not finite leaves a gap."""
 
 
-def curve_panel(title: str, lines: Sequence[Line], percent: bool) -> str:
-    """One panel of learning curves as an SVG element without a fixed size.
+def curve_panel(title: str, lines: Sequence[Line], percent: bool, across: str = "step") -> str:
+    """One panel of curves as an SVG element without a fixed size.
 
     Args:
         title: names the panel (and keeps the ids of two panels apart).
         percent: the values are shares in [0, 1], shown as per cent.
+        across: what the horizontal axis counts; of ``step`` in whole numbers.
     """
+    whole = across == "step"
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": title,
@@ -110,12 +126,12 @@ def curve_panel(title: str, lines: Sequence[Line], percent: bool) -> str:
         axes.tick_params(length=0, colors=_TEXT, pad=5)
         axes.spines[:].set_visible(False)
         axes.spines["bottom"].set(visible=True, color=_RULE, linewidth=0.8)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_NICE))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, steps=_NICE))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_NICE))
         axes.set_xlim(left=0)
         if all((line.values[np.isfinite(line.values)] >= 0).all() for line in lines):
             axes.set_ylim(bottom=0)
-        axes.set_xlabel("step", color=_TEXT)
+        axes.set_xlabel(across, color=_TEXT)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})
     return _for_page(stream.getvalue())

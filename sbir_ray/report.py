@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbir_ray import plots
+from sbir_ray.certainty import Decile
 from sbir_ray.data.pairs import PairSet
-from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.evaluate import RESAMPLES, Difference, Evaluation, Metrics
+from sbir_ray.joint_report import Lessons, Look, StreamAccount
 from sbir_ray.runlog import Ledger, duration
 
 Strokes = list[NDArray[np.float32]]
@@ -29,6 +30,7 @@ Bytes = NDArray[np.uint8]
 
 SHOWN = 5
 """Photos shown for each query."""
+CERTAINTY = "Pseudo sketches that find their own photo, %"
 MINUS = "−"
 
 
@@ -100,27 +102,18 @@ class PseudoExample:
     certainty: float
     reason: str = ""
     """Why a filter left it out; empty if it was kept."""
+    rank: int = 0
+    """Of the photo for its sketch, from 1; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PseudoGallery:
-    """Pseudo pairs, most certain first, evenly spaced over all (:func:`pick_evenly`)."""
+    """Pseudo pairs, most certain first, evenly spaced over all (``certainty.pick_evenly``)."""
 
     examples: Sequence[PseudoExample]
     total: int
     sketcher: str = ""
     """What drew them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decile:
-    """A tenth of the pseudo pairs in the order of their certainty."""
-
-    certainty: float
-    """Mean."""
-    found: float
-    """Share whose sketch finds its own photo first."""
-    count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +133,8 @@ class ReportData:
     title: str
     results: Sequence[Result]
     """The headline is about the first model with a difference, or else the first row."""
+    headline: str = ""
+    """Said where there are no results yet."""
     baseline: str = "supervised"
     """Name of the row that the differences are to."""
     subtitle: str = ""
@@ -149,6 +144,12 @@ class ReportData:
     queries: QueryGrid | None = None
     pseudo: PseudoGallery | None = None
     deciles: Sequence[Decile] = ()
+    searched: str = ""
+    """By what and among what the deciles' ranks are."""
+    lessons: Lessons | None = None
+    looks: Sequence[Look] = ()
+    stream: StreamAccount | None = None
+    stream_curves: Sequence[Curve] = ()
     ledgers: Sequence[Ledger] = ()
     """Of the photos and of the pseudo pairs, by fate."""
     timings: Sequence[Timing] = ()
@@ -215,73 +216,7 @@ def query_grid(
     )
 
 
-def pick_evenly(certainty: NDArray[Any] | Sequence[float], count: int = 24) -> list[int]:
-    """Rows evenly spaced over the order by certainty, from the most to the least certain."""
-    order = np.argsort(-np.asarray(certainty), kind="stable")
-    places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
-    return [int(order[place]) for place in places]
-
-
-def certainty_deciles(
-    certainty: NDArray[Any] | Sequence[float], ranks: NDArray[Any] | Sequence[int]
-) -> list[Decile]:
-    """Tenths of the pseudo pairs, most certain first (fewer parts if there are fewer pairs).
-
-    Args:
-        certainty: (N,).
-        ranks: (N,) rank of each pair's photo when its own pseudo sketch is the query.
-    """
-    score, rank = np.asarray(certainty, dtype=np.float64), np.asarray(ranks)
-    order = np.argsort(-score, kind="stable")
-    return [
-        Decile(
-            certainty=float(score[part].mean()),
-            found=float((rank[part] == 1).mean()),
-            count=len(part),
-        )
-        for part in np.array_split(order, min(10, len(order)) or 1)
-        if len(part)
-    ]
-
-
-# --------------------------------------------------------------------------- a training run
-
-
-def from_run(run: Path) -> ReportData:
-    """The report of one training run from ``run.json``, ``metrics.jsonl`` and its evaluations.
-
-    Raises:
-        UserError: there is no run, or it has not been evaluated.
-        DamagedError: a file of the run cannot be read.
-    """
-    from sbir_ray.runs import read_run  # Here, so that other reports need not load torch.
-
-    record = read_run(run)
-    files = sorted(run.glob("evaluation-*.json"), key=lambda f: ("test" not in f.stem, f.stem))
-    if not files:
-        raise UserError(
-            f"{run}: has no evaluation-*.json; run `sbir-ray evaluate` on it before the report"
-        )
-    results = []
-    for file in files:
-        try:
-            metrics = Metrics.from_json(_read(file)["metrics"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DamagedError(f"{file}: not an evaluation ({error!r})") from error
-        results.append(Result(name=file.stem.removeprefix("evaluation-"), metrics=metrics))
-    log = run / "metrics.jsonl"
-    facts = {"digest": str(record["digest"]), "seed": str(record["config"].get("seed", ""))}
-    facts.update({f"version of {k}": str(v) for k, v in record.get("versions", {}).items()})
-    facts.update({f"input: {k}": str(v) for k, v in record.get("inputs", {}).items()})
-    return ReportData(
-        title=f"Training run {run.resolve().name}",
-        subtitle=f"{record['kind']}, status {record['status']}",
-        results=results,
-        curves=curves_of(_lines(log) if log.is_file() else []),
-        facts=facts,
-        config=record["config"],
-        commands=[f"sbir-ray report {run}"],
-    )
+# --------------------------------------------------------------------------- learning curves
 
 
 def curves_of(lines: Sequence[Mapping[str, Any]], name: str = "") -> list[Curve]:
@@ -308,23 +243,6 @@ def curves_of(lines: Sequence[Mapping[str, Any]], name: str = "") -> list[Curve]
     return curves
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            raise DamagedError(f"{file}: line {number} is not JSON; remove that line") from error
-    return lines
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{file}: cannot be read ({error})") from error
-
-
 # --------------------------------------------------------------------------- the page
 
 
@@ -332,7 +250,7 @@ def write_report(folder: Path, data: ReportData) -> Path:
     """Write ``folder/report.html``, whole or not at all, and return its path.
 
     Raises:
-        ValueError: no results.
+        ValueError: no results and no headline.
     """
     page = render(data)
     folder.mkdir(parents=True, exist_ok=True)
@@ -345,8 +263,8 @@ def write_report(folder: Path, data: ReportData) -> Path:
 
 def render(data: ReportData) -> str:
     """The page of ``data`` as HTML text."""
-    if not data.results:
-        raise ValueError("a report needs at least one result")
+    if not data.results and not data.headline:
+        raise ValueError("a report needs at least one result, or a headline")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sbir_ray"),
         autoescape=True,
@@ -361,14 +279,17 @@ def render(data: ReportData) -> str:
         duration=_duration,
         photo=plots.photo_uri,
         strokes=plots.sketch_path,
+        look=plots.look_uri,
     )
     return environment.get_template("report.html").render(
         data=data,
-        headline=headline(data),
+        headline=headline(data) if data.results else data.headline,
         chances={r.metrics.gallery: r.metrics.chance for r in data.results},
         models=[r for r in data.results if r.role == "model"],
         ceilings=[r for r in data.results if r.role == "ceiling"],
         panels=_panels(data.curves),
+        stream_panels=_panels(data.stream_curves),
+        certainty_panels=_panels(_certainty_curves(data.deciles), across="mean certainty"),
         accounts=_accounts(data.ledgers),
         settings="\n".join(_flat(data.config)),
         shown=SHOWN,
@@ -415,13 +336,18 @@ def _verdict(lo: float, hi: float) -> str:
     return "not distinguishable from none"
 
 
-def _panels(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """What the template shows of each panel; a name has one colour in all of them."""
+def _panels(curves: Sequence[Curve], across: str = "step") -> list[dict[str, Any]]:
+    """What the template shows of each panel; a name keeps its colour where it can."""
     curves = [curve for curve in curves if len(curve.steps)]
-    colours = {name: i for i, name in enumerate(dict.fromkeys(c.name for c in curves))}
+    colours: dict[str, int] = {}
     panels = []
     for title in dict.fromkeys(curve.panel for curve in curves):
         chosen = [curve for curve in curves if curve.panel == title]
+        taken = {colours[c.name] for c in chosen if c.name in colours}
+        free = [i for i in range(plots.COLOURS + len(chosen)) if i not in taken]
+        for curve in chosen:
+            if curve.name not in colours:
+                colours[curve.name] = free.pop(0)
         lines = [
             plots.Line(colours[c.name], np.asarray(c.steps, float), np.asarray(c.values, float))
             for c in chosen
@@ -429,12 +355,25 @@ def _panels(curves: Sequence[Curve]) -> list[dict[str, Any]]:
         panels.append(
             {
                 "title": title,
-                "svg": plots.curve_panel(title, lines, percent=chosen[0].percent),
+                "svg": plots.curve_panel(title, lines, percent=chosen[0].percent, across=across),
                 "curves": [(colours[c.name] % plots.COLOURS, c) for c in chosen],
                 "averaged": any(len(c.steps) > plots.MAX_POINTS for c in chosen),
             }
         )
     return panels
+
+
+def _certainty_curves(deciles: Sequence[Decile]) -> list[Curve]:
+    """The share found over the certainty, least certain first (the paper's Fig. 4a)."""
+    rising = deciles[::-1]
+    steps = [d.certainty for d in rising]
+    return [
+        Curve(panel=CERTAINTY, name=name, steps=steps, values=values, percent=True)
+        for name, values in (
+            ("found first", [d.found for d in rising]),
+            ("among the first ten", [d.found10 for d in rising]),
+        )
+    ]
 
 
 def _ends(curve: Curve) -> list[str]:

@@ -26,12 +26,13 @@ from sbir_ray.errors import DamagedError, UserError
 
 # --------------------------------------------------------------------------- ledgers
 
-Kind = Literal["photos", "pseudo"]
+Kind = Literal["photos", "pseudo", "live"]
 
-_TOTAL: dict[Kind, str] = {"photos": "read", "pseudo": "drawn"}
+_TOTAL: dict[Kind, str] = {"photos": "read", "pseudo": "drawn", "live": "drawn"}
 _FATES: dict[Kind, tuple[str, ...]] = {
     "photos": ("stored", "duplicate", "leaked", "rejected", "failed"),
     "pseudo": ("kept", "filtered", "failed"),
+    "live": ("used", "filtered", "stale", "in_flight"),
 }
 _WITH_REASONS = ("rejected", "filtered", "failed")
 
@@ -40,8 +41,9 @@ class Ledger:
     """The counted account of photos or of pseudo pairs by fate.
 
     ``photos``: read = stored + duplicate + leaked + rejected (by reason) + failed (by reason);
-    ``pseudo``: drawn = kept + filtered (by reason) + failed (by reason). The total is given where
-    the work is planned and the fates where it comes back, so that the sum can fail.
+    ``pseudo``: drawn = kept + filtered (by reason) + failed (by reason); ``live``: drawn = used +
+    filtered (by reason) + stale + in flight. The total is given where the work is planned and the
+    fates where it comes back, so that the sum can fail.
     """
 
     def __init__(self, kind: Kind, total: int = 0) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from sbir_ray import checkpoint
 from sbir_ray.config import (
-    DiscriminatorConfig,
     GeneratorTraining,
+    JointTraining,
+    RetrievalConfig,
     RetrievalTraining,
     check_schema,
     from_dict,
@@ -25,6 +26,8 @@ from sbir_ray.models.retrieval import RetrievalNet
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
+JOINT = "joint"
+"""Kind of the runs whose checkpoints hold all three networks, each under its name."""
 DISCRIMINATOR = "discriminator"
 """Folder, inside a generator's run, of the run that trained the discriminator on its drawings."""
 
@@ -60,38 +63,60 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def load_retrieval(run: Path) -> Trained[RetrievalNet]:
-    """The retrieval network of a run.
+    """The retrieval network of a run, its own or that of joint training.
 
     Raises:
-        UserError: ``run`` is not the run of a retrieval network, or has no checkpoint.
+        UserError: ``run`` is not such a run, or has no checkpoint.
         DamagedError: none of its checkpoints is whole.
     """
     record = _record(run, "retrieval")
-    config = _config(RetrievalTraining, record, run).model
+    config = retrieval_config(record, run)
     # The run's own weights follow: the pre-trained ones are not needed, nor their package.
-    return _restored(run, RetrievalNet(dataclasses.replace(config, weights="none")), record)
+    model = RetrievalNet(dataclasses.replace(config, weights="none"))
+    return _restored(run, model, record, "retrieval")
 
 
 def load_generator(run: Path) -> Trained[Generator]:
     """The generator of a run; raises as :func:`load_retrieval`."""
     record = _record(run, "generator")
-    config = _config(GeneratorTraining, record, run).model
-    return _restored(run, Generator(dataclasses.replace(config, weights="none")), record)
+    config = generator_training(record, run).model
+    model = Generator(dataclasses.replace(config, weights="none"))
+    return _restored(run, model, record, "generator")
 
 
-def load_discriminator(generator_run: Path) -> Trained[PairDiscriminator] | None:
-    """The discriminator trained on a generator's drawings, or None; raises as the others."""
-    run = generator_run / DISCRIMINATOR
-    if not run.exists():
-        return None
-    record = _record(run, "discriminator")
-    config: DiscriminatorConfig = _config(GeneratorTraining, record, run).discriminator
-    return _restored(run, PairDiscriminator(config), record)
+def load_discriminator(run: Path) -> Trained[PairDiscriminator] | None:
+    """The discriminator trained on a generator's drawings, or None; raises as the others.
+
+    Args:
+        run: the generator's.
+    """
+    record = read_run(run)
+    if record["kind"] != JOINT:
+        run = run / DISCRIMINATOR
+        if not run.exists():
+            return None
+        record = _record(run, "discriminator")
+    config = generator_training(record, run).discriminator
+    return _restored(run, PairDiscriminator(config), record, "discriminator")
+
+
+def retrieval_config(record: dict[str, Any], run: Path) -> RetrievalConfig:
+    """The retrieval network's settings in ``run.json``."""
+    if record["kind"] == JOINT:
+        return _config(JointTraining, record, run).retrieval.model
+    return _config(RetrievalTraining, record, run).model
+
+
+def generator_training(record: dict[str, Any], run: Path) -> GeneratorTraining:
+    """The settings of the generator and the discriminator in ``run.json``."""
+    if record["kind"] == JOINT:
+        return _config(JointTraining, record, run).generator
+    return _config(GeneratorTraining, record, run)
 
 
 def _record(run: Path, kind: str) -> dict[str, Any]:
     record = read_run(run)
-    if record["kind"] != kind:
+    if record["kind"] not in (kind, JOINT):
         raise UserError(f"{run}: is the run of a {record['kind']}; a {kind}'s run is needed here")
     return record
 
@@ -100,11 +125,13 @@ def _config(cls: type[T], record: dict[str, Any], run: Path) -> T:
     return from_dict(cls, record["config"], str(run / "run.json"))
 
 
-def _restored(run: Path, model: M, record: dict[str, Any]) -> Trained[M]:
+def _restored(run: Path, model: M, record: dict[str, Any], name: str) -> Trained[M]:
     found = checkpoint.load(run, with_optim=False)
     if found is None:
         raise UserError(f"{run}: has no checkpoint yet; let its training go on by the same command")
-    _fill(model, found.model, found.path)
+    start = f"{name}." if record["kind"] == JOINT else ""
+    weights = {k.removeprefix(start): v for k, v in found.model.items() if k.startswith(start)}
+    _fill(model, weights, found.path)
     sha = checkpoint.verify(found.path)["files"]["model.safetensors"]["sha256"]
     model.eval()
     return Trained(model, found.step, str(sha)[:12], record)

@@ -54,12 +54,20 @@ class PairDiscriminator(nn.Module):
         self.body = nn.Sequential(*layers)
 
     def forward(self, photo_B3SS: Tensor, raster_BSS: Tensor) -> Tensor:
-        """Logits (B, 1, h, w), one a patch, of aligned photos and raster sketches (uint8)."""
+        """Logits (B, 1, h, w), one a patch, of pairs.
+
+        Args:
+            photo_B3SS: uint8, aligned photos.
+            raster_BSS: uint8, 255 is ink; or float in [0, 1], 1 is ink, to which gradients pass.
+        """
         size = self.config.image_size
-        assert photo_B3SS.dtype == raster_BSS.dtype == torch.uint8
+        soft = raster_BSS.is_floating_point()
+        assert photo_B3SS.dtype == torch.uint8, photo_B3SS.dtype
+        assert soft or raster_BSS.dtype == torch.uint8, raster_BSS.dtype
         assert photo_B3SS.shape[1:] == (3, size, size), photo_B3SS.shape
         assert raster_BSS.shape[1:] == (size, size), raster_BSS.shape
-        sketch_B3SS = (255 - raster_BSS)[:, None].expand(-1, 3, -1, -1)
+        paper_BSS = 255 * (1 - raster_BSS) if soft else 255 - raster_BSS
+        sketch_B3SS = paper_BSS[:, None].expand(-1, 3, -1, -1)
         pair_B6SS = torch.cat([photo_B3SS, sketch_B3SS], 1).float() / 127.5 - 1.0
         logit_B1hw: Tensor = self.body(pair_B6SS)
         return logit_B1hw

@@ -52,6 +52,11 @@ class Generator(nn.Module):
         # A bias would add the same to all cells, which the softmax does not see.
         self.attend_score = nn.Linear(config.attention, 1, bias=False)
         self.cell = nn.LSTMCell(channels + 5, config.hidden)
+        if not config.attend:
+            # Scores that are all 0 and stay so: every look is at the map's average.
+            nn.init.zeros_(self.attend_score.weight)
+            for part in (self.attend_map, self.attend_state, self.attend_score):
+                part.requires_grad_(False)
         self.output = nn.Linear(config.hidden, 3 + 6 * config.mixtures)
         self.register_buffer("offset_scale", torch.ones(()))
         self.train()
@@ -130,20 +135,74 @@ class Generator(nn.Module):
             terms["attention"] = attention_BTN.unflatten(2, map_BCHW.shape[2:])
         return terms
 
-    def log_prob(self, photo_B3SS: Tensor, points_BT5: Tensor, length_B: Tensor) -> Tensor:
+    def log_prob(
+        self,
+        photo_B3SS: Tensor,
+        rows_BT5: Tensor,
+        length_B: Tensor,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
         """log p of each row (B, T) at the latent's mean, offset and pen together, 0 behind the end.
 
         The sum over a drawing's rows is ``Drawing.log_prob``, with a gradient.
 
         Args:
-            points_BT5: the rows that were drawn; a drawing that did not end lacks its end row.
+            rows_BT5: the rows that were drawn; a drawing that did not end lacks its end row.
             length_B: int64, number of those rows.
+            last_only: let the gradient reach the output layer alone (the paper's W_y and b_y).
         """
-        map_BCHW = self.encode(photo_B3SS)
-        raw_BTK, _ = self._unroll(map_BCHW, self.latent(map_BCHW)[0], points_BT5, length_B)
-        rows_BT5 = points_BT5[:, : raw_BTK.shape[1]]
+        return self.log_prob_of_map(
+            self.encode(photo_B3SS), rows_BT5, length_B, last_only=last_only
+        )
+
+    def log_prob_of_map(
+        self,
+        map_BCHW: Tensor,
+        rows_BT5: Tensor,
+        length_B: Tensor,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """:meth:`log_prob` of photos by their maps."""
+        latent_BZ, _ = self.latent(map_BCHW)
+        raw_BTK, _ = self._unroll(map_BCHW, latent_BZ, rows_BT5, length_B, last_only=last_only)
+        rows_BT5 = rows_BT5[:, : raw_BTK.shape[1]]
         real_BT = torch.arange(raw_BTK.shape[1], device=raw_BTK.device) < length_B[:, None]
         return row_log_prob(raw_BTK, rows_BT5).where(real_BT, 0.0)
+
+    # ----------------------------------------------------------------------- drawn again
+
+    def redraw_of_map(
+        self, map_BCHW: Tensor, rows_BT5: Tensor, length_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Drawings as differentiable functions of the weights, for ``raster.soft_rasterise``.
+
+        The values are those drawn. Each offset has the gradient of ``losses.redrawn``, so that of
+        the means, sigmas and correlations behind it, and each pen that of the probability of down.
+        The rows are the LSTM's inputs as they were drawn: no gradient passes through them.
+
+        Args:
+            map_BCHW: the photos' maps (:meth:`encode`).
+            rows_BT5: as for :meth:`log_prob`.
+            length_B: as for :meth:`log_prob`.
+
+        Returns:
+            The canonical points (B, N, 2), canvas units, and the ink (B, N) of the segment from
+            each to the next. Behind a drawing's last point that point is repeated without ink.
+        """
+        raw_BNK, _ = self._unroll(map_BCHW, self.latent(map_BCHW)[0], rows_BT5, length_B)
+        rows_BN5 = rows_BT5[:, : raw_BNK.shape[1]]
+        real_BN = torch.arange(raw_BNK.shape[1], device=raw_BNK.device) < length_B[:, None]
+        point_BN = real_BN & (rows_BN5[..., 4] == 0)
+        drawn_BN2 = rows_BN5[..., :2].where(point_BN[..., None], 0.0)
+        offset_BN2 = losses.redrawn(losses.mixture(raw_BNK[..., 3:]), drawn_BN2)
+        path_BN2 = offset_BN2.where(point_BN[..., None], 0.0).cumsum(1) * self.offset_scale
+        down_BN = raw_BNK[..., :3].softmax(2)[..., 0]
+        pen_BN = rows_BN5[..., 2] + (down_BN - down_BN.detach())
+        # A segment ends in a point.
+        segment_BN = F.pad(point_BN[:, 1:], (0, 1))
+        return _canonical(path_BN2), pen_BN.where(segment_BN, 0.0)
 
     # ----------------------------------------------------------------------- drawing
 
@@ -202,7 +261,8 @@ class Generator(nn.Module):
 
     def latent(self, map_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance (B, Z) of the latent, from the map's average."""
-        mean_BZ, log_var_BZ = self.to_latent(map_BCHW.mean((2, 3))).float().chunk(2, 1)
+        both_BZ = _at_least_single(self.to_latent(map_BCHW.mean((2, 3))))
+        mean_BZ, log_var_BZ = both_BZ.chunk(2, 1)
         return mean_BZ, log_var_BZ
 
     def train(self, mode: bool = True) -> Self:
@@ -212,9 +272,16 @@ class Generator(nn.Module):
         return self
 
     def _unroll(
-        self, map_BCHW: Tensor, latent_BZ: Tensor, points_BT5: Tensor, length_B: Tensor
+        self,
+        map_BCHW: Tensor,
+        latent_BZ: Tensor,
+        points_BT5: Tensor,
+        length_B: Tensor,
+        *,
+        last_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Outputs (B, T, K) and attention (B, T, N), float32, given the rows; T the longest's.
+        """Outputs (B, T, K) and attention (B, T, N), not in half precision, given the rows; T the
+        longest's. ``last_only``: the gradient stops before the output layer.
 
         Rows behind a drawing's end are not computed: the drawings are sorted by length, and the
         batch gets shorter as they end. What depends on the state alone, or not at all on it, is
@@ -234,7 +301,8 @@ class Generator(nn.Module):
         from_points_BTG = F.linear(before_BT5, weight_point, self.cell.bias_ih + self.cell.bias_hh)
         weight_state = torch.cat([self.cell.weight_hh, self.attend_state.weight])
 
-        state_B2U = torch.tanh(self.to_state(latent_BZ)).float()
+        state_B2U = _at_least_single(torch.tanh(self.to_state(latent_BZ)))
+        full = state_B2U.dtype
         h, c = state_B2U.chunk(2, 1)
         running_T = (length_B > torch.arange(steps)[:, None]).sum(1).tolist()
         states, attentions = [], []
@@ -248,11 +316,11 @@ class Generator(nn.Module):
             query_BA = query_BA + self.attend_state.bias
             # tanh(x) = 2 sigmoid(2 x) - 1, which is several times as fast on a CPU.
             score_BNA = torch.sigmoid(2 * (keys_BNA + query_BA[:, None]))
-            attention_BN = F.linear(score_BNA, 2 * self.attend_score.weight).float().softmax(1)
+            attention_BN = F.linear(score_BNA, 2 * self.attend_score.weight).to(full).softmax(1)
             attention_BN = attention_BN.squeeze(2)
             context_BC = (attention_BN[:, None] @ cells_BNC).squeeze(1)
             gates_BG = F.linear(context_BC, weight_context) + from_state_BG
-            gates_BG = (gates_BG + from_point_BG[:running]).float()
+            gates_BG = (gates_BG + from_point_BG[:running]).to(full)
             i, f, g, o = gates_BG.chunk(4, 1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
@@ -260,7 +328,8 @@ class Generator(nn.Module):
             attentions.append(attention_BN)
         # pad_packed_sequence puts both back into the order of the batch.
         inverse_B = order_B.argsort()
-        raw_BTK = self.output(_padded(states, running_T)).float()
+        state_BTU = _padded(states, running_T)
+        raw_BTK = self.output(state_BTU.detach() if last_only else state_BTU).to(full)
         return raw_BTK[inverse_B], _padded(attentions, running_T)[inverse_B]
 
 
@@ -269,3 +338,16 @@ def _padded(steps: Sequence[Tensor], running_T: Sequence[int]) -> Tensor:
     packed = nn.utils.rnn.PackedSequence(torch.cat(list(steps)), torch.tensor(running_T))
     padded, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
     return padded
+
+
+def _at_least_single(values: Tensor) -> Tensor:
+    """The values in float32 where autocast made them half precision."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _canonical(path_BN2: Tensor) -> Tensor:
+    """``strokes.canonical`` of each drawing's points, with a gradient."""
+    low_B12, high_B12 = path_BN2.amin(1, keepdim=True), path_BN2.amax(1, keepdim=True)
+    longest_B11 = (high_B12 - low_B12).amax(2, keepdim=True)
+    scale_B11 = sketches.LONGEST / longest_B11.where(longest_B11 > 0, sketches.LONGEST)
+    return (path_BN2 - (low_B12 + high_B12) / 2) * scale_B11 + sketches.CENTRE

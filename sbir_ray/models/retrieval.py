@@ -76,10 +76,15 @@ class RetrievalNet(nn.Module):
 
     def embed_photos(self, photo_P3SS: Tensor) -> Tensor:
         """Embeddings (P, D), of length one, of aligned photos (uint8, RGB)."""
+        assert photo_P3SS.dtype == torch.uint8, photo_P3SS.dtype
         return self._embed(photo_P3SS)
 
     def embed_sketches(self, raster_BSS: Tensor) -> Tensor:
-        """Embeddings (B, D), of length one, of raster sketches (uint8, 255 is ink)."""
+        """Embeddings (B, D), of length one, of raster sketches.
+
+        Args:
+            raster_BSS: uint8, 255 is ink; or float in [0, 1], 1 is ink, to which gradients pass.
+        """
         return self._embed(_black_on_white(raster_BSS))
 
     def forward(self, raster_BSS: Tensor, photo_P3SS: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,6 +93,7 @@ class RetrievalNet(nn.Module):
         One pass, because a batch of one kind alone would give batch normalisation statistics that
         are met in training only, and because distributed training wants one call a step.
         """
+        assert photo_P3SS.dtype == torch.uint8, photo_P3SS.dtype
         both = torch.cat([_black_on_white(raster_BSS), photo_P3SS])
         embedding_ND = self._embed(both)
         return embedding_ND[: len(raster_BSS)], embedding_ND[len(raster_BSS) :]
@@ -103,12 +109,14 @@ class RetrievalNet(nn.Module):
 
     def _embed(self, picture_N3SS: Tensor) -> Tensor:
         size = self.config.image_size
-        assert picture_N3SS.dtype == torch.uint8, picture_N3SS.dtype
         assert picture_N3SS.shape[1:] == (3, size, size), picture_N3SS.shape
         map_NCHW = self.backbone(self.backbone.normalise(picture_N3SS))
         return F.normalize(self.project(self.pool(map_NCHW)), dim=1)
 
 
 def _black_on_white(raster_BSS: Tensor) -> Tensor:
+    """The sketch as a photo (B, 3, S, S) of it would be, in [0, 255]."""
     assert raster_BSS.ndim == 3, raster_BSS.shape
-    return (255 - raster_BSS)[:, None].expand(-1, 3, -1, -1)
+    assert raster_BSS.dtype == torch.uint8 or raster_BSS.is_floating_point(), raster_BSS.dtype
+    paper_BSS = 255 * (1 - raster_BSS) if raster_BSS.is_floating_point() else 255 - raster_BSS
+    return paper_BSS[:, None].expand(-1, 3, -1, -1)

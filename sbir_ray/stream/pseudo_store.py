@@ -27,6 +27,7 @@ PSEUDO_SCHEMA = pa.schema(
         ("strokes", pa.list_(pa.list_(pa.float32()))),
         ("certainty", pa.float32()),
         ("log_prob", pa.float32()),
+        ("rank", pa.int32()),
         ("points", pa.int32()),
         ("generator_version", pa.int32()),
         ("generator_digest", pa.string()),
@@ -38,7 +39,8 @@ PSEUDO_SCHEMA = pa.schema(
     ]
 )
 """A pseudo pair. ``image`` is the photo's stored JPEG, so that training needs nothing else;
-``status`` is its fate: kept, filtered or failed. A photo drawn twice has two rows, other seeds."""
+``status`` is its fate: kept, filtered or failed; ``rank`` is 0 when no teacher was asked. A photo
+drawn twice has two rows, other seeds."""
 
 HEADER = "pseudo.json"
 

@@ -36,6 +36,10 @@ class Drawn:
     """Log-probability of the drawing under the generator; 0 of what is drawn without chance."""
     ended: bool = True
     """Whether it came to its own end."""
+    rows: int = 0
+    """Stroke-5 rows that ``log_prob`` is the sum over; 0 of what is drawn without chance."""
+    rank: int = 0
+    """Of the photo for the drawing, from 1, by a teacher; 0 if none was asked."""
 
 
 class Sketcher(Protocol):
@@ -50,6 +54,8 @@ class Sketcher(Protocol):
     """Plain values for ``pseudo.json``."""
     image_size: int
     """Side at which it wants its photos aligned, pixels."""
+    generative: bool
+    """Whether its drawings have a log-probability, and may lack an end."""
     judged: bool
     """Whether a discriminator says how certain a pair is."""
 
@@ -107,6 +113,7 @@ class Tracer:
     """``contours``: the photo's contours, strongest first; ``edges``: all its edges, traced."""
 
     version = 0
+    generative = False
     judged = False
     image_size = int(CANVAS)
 
@@ -131,6 +138,7 @@ class GeneratorSketcher:
     """The generator of a run, and its discriminator if it has one."""
 
     name = "generator"
+    generative = True
 
     def __init__(self, spec: SketcherSpec) -> None:
         import torch
@@ -166,7 +174,7 @@ class GeneratorSketcher:
             )
             certainty = self._certainty(photo_B3SS, [d.strokes for d in drawings])
         return [
-            Drawn(drawing.strokes, sure, drawing.log_prob, drawing.ended)
+            Drawn(drawing.strokes, sure, drawing.log_prob, drawing.ended, len(drawing.rows))
             for drawing, sure in zip(drawings, certainty, strict=True)
         ]
 

@@ -32,6 +32,12 @@ from sbir_ray.errors import SbirError, UserError
 from sbir_ray.runlog import Ledger, Progress, building, versions, write_json_atomic
 from sbir_ray.stream.attempts import KILLED, LIMIT, Attempts
 from sbir_ray.stream.cluster import ensure_fits, quiet_data
+from sbir_ray.stream.filters import (
+    RankerSpec,
+    filter_reason,
+    reference_photos,
+    refuse_without_effect,
+)
 from sbir_ray.stream.pseudo_store import HEADER, PSEUDO_SCHEMA
 from sbir_ray.stream.sketchers import Drawn, Sketcher, SketcherSpec
 
@@ -39,6 +45,9 @@ MAX_ERRORS = 0.5
 """Share of rows that may fail by an error before the run stops: then it is not the photos."""
 
 _ERROR = "error-"
+_ROUND = "round-0000"
+_ATTEMPTS, _REFERENCE = "attempts", "reference.npy"
+"""Inside the folder while it is being made: the actors' journals, the teacher's photos."""
 _BLOCK_ROWS = 64
 _BLOCKS = 8
 _DRAWN_SCHEMA = PSEUDO_SCHEMA.append(pa.field("block", pa.int64())).append(
@@ -52,6 +61,7 @@ def sketch(
     sketcher: str | SketcherSpec,
     config: SketchConfig | None = None,
     *,
+    teacher: Path | None = None,
     actors: tuple[int, int] = (1, 2),
     cpus_per_actor: float = 1.0,
     gpus_per_actor: float = 0.0,
@@ -66,6 +76,8 @@ def sketch(
         photos: PHOTOS folder.
         out: PSEUDO folder to write; appears when it is whole.
         sketcher: ``contours``, ``edges`` or a generator's RUN folder; or how to make another one.
+        teacher: RUN folder of the retrieval network that ranks photos for ``filters.max_rank``,
+            among the first :data:`REFERENCES` photos of the store.
         actors: least and most processes that draw.
         cpus_per_actor, gpus_per_actor: of each; a GPU may be shared.
         progress: makes a progress line from a title.
@@ -74,8 +86,8 @@ def sketch(
         The account of all rows, which ``pseudo.json`` has too.
 
     Raises:
-        UserError: the store or the sketcher cannot be used, settings without effect, the actors do
-            not fit into the cluster.
+        UserError: the store, the sketcher or the teacher cannot be used, settings without effect,
+            the actors do not fit into the cluster.
         SbirError: more than :data:`MAX_ERRORS` of the rows fail by an error.
     """
     config = config or SketchConfig()
@@ -93,32 +105,49 @@ def sketch(
     )
     # The driver need not have a GPU.
     author = dataclasses.replace(spec, device="cpu").make()
-    _refuse_without_effect(config, author, _temperature(config, sketcher))
+    plan = plan_blocks(photos, config.batch_size)
+    count = sum(entry.rows for entry in plan)
+    if config.samples > 1 and _temperature(config, sketcher) == 0:
+        raise UserError(
+            f"samples={config.samples}: at temperature=0 all drawings of a photo are the same; "
+            "set a temperature"
+        )
+    refuse_without_effect(config.filters, author, teacher, count)
+    ranker = RankerSpec.of_run(teacher, spec.device, spec.threads) if teacher else None
     least, most = actors
     if not 1 <= least <= most:
         raise UserError(f"--actors {least}:{most}: the least is 1, and not more than the most")
     room = ensure_fits(cpus_per_actor, gpus_per_actor, least, what="--actors", spare_cpus=1.0)
-    plan = plan_blocks(photos, config.batch_size)
     request = {
         "settings": to_dict(config),
         "sketcher": [author.name, author.version, author.digest],
+        "teacher": ranker and ranker.digest,
         "photos": [[entry.file.name, entry.start, entry.stop] for entry in plan],
         "store": hashlib.sha256((photos / "store.json").read_bytes()).hexdigest(),
     }
-    ledger = Ledger("pseudo", config.samples * sum(entry.rows for entry in plan))
+    ledger = Ledger("pseudo", config.samples * count)
     with building(out, request) as folder:
-        target = folder / "round-0000"
-        target.mkdir(exist_ok=True)
-        left = _not_done(plan, target, config.samples, ledger)
+        (folder / _ROUND).mkdir(exist_ok=True)
+        left = _not_done(plan, folder / _ROUND, config.samples, ledger)
         with progress("sketch") as bar:
             bar.update(0, ledger.total)
             if left:
+                if ranker:
+                    np.save(folder / _REFERENCE, reference_photos(photos, ranker.image_size))
                 # All at once: Ray Data would add them one by one, each after some seconds.
                 pool = ActorPoolStrategy(
                     min_size=least, max_size=most, initial_size=min(most, room)
                 )
                 dataset = _pipeline(
-                    left, folder, target, spec, author, config, pool, cpus_per_actor, gpus_per_actor
+                    left,
+                    folder,
+                    spec,
+                    author,
+                    ranker,
+                    config,
+                    pool,
+                    cpus_per_actor,
+                    gpus_per_actor,
                 )
                 _follow(dataset, ledger, bar)
         ledger.check()
@@ -129,13 +158,15 @@ def sketch(
             "generator_version": author.version,
             "generator_digest": author.digest,
             "generator_config": author.config,
+            "teacher_digest": ranker and ranker.digest,
             "seed": config.seed,
             "settings": to_dict(config),
             "photos": str(photos),
             "ledger": ledger.to_json(),
             "versions": versions(),
         }
-        shutil.rmtree(folder / "attempts", ignore_errors=True)
+        shutil.rmtree(folder / _ATTEMPTS, ignore_errors=True)
+        (folder / _REFERENCE).unlink(missing_ok=True)
         write_json_atomic(folder / HEADER, header)
     return ledger
 
@@ -146,40 +177,11 @@ def row_seed(seed: int, photo_id: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1
 
 
-def filter_reason(drawn: Drawn, config: SketchConfig) -> str:
-    """The first setting by which a drawing is left out, or "" if it is kept."""
-    points = count_points(drawn.strokes)
-    if drawn.certainty < config.min_certainty:
-        return "min_certainty"
-    if points < config.min_points:
-        return "min_points"
-    if points > config.max_points:
-        return "max_points"
-    if len(drawn.strokes) > config.max_strokes:
-        return "max_strokes"
-    if config.require_end and not drawn.ended:
-        return "no-end"
-    return ""
-
-
 def _temperature(config: SketchConfig, sketcher: str | SketcherSpec) -> float:
     """The setting; its default is a generator's, and means nothing to what draws without chance."""
     default = SketchConfig().temperature
     chanceless = isinstance(sketcher, str) and not os.path.isdir(sketcher)
     return 0.0 if chanceless and config.temperature == default else config.temperature
-
-
-def _refuse_without_effect(config: SketchConfig, author: Sketcher, temperature: float) -> None:
-    if config.min_certainty > 0 and not author.judged:
-        raise UserError(
-            f"min_certainty={config.min_certainty:g}: {author.name} has no discriminator, so all "
-            "certainties are 1; leave it at 0"
-        )
-    if config.samples > 1 and temperature == 0:
-        raise UserError(
-            f"samples={config.samples}: at temperature=0 all drawings of a photo are the same; "
-            "set a temperature"
-        )
 
 
 # --------------------------------------------------------------------------- blocks
@@ -252,9 +254,9 @@ def _not_done(
 def _pipeline(
     plan: Sequence[PhotoBlock],
     folder: Path,
-    target: Path,
     spec: SketcherSpec,
     author: Sketcher,
+    ranker: RankerSpec | None,
     config: SketchConfig,
     pool: ActorPoolStrategy,
     cpus: float,
@@ -271,13 +273,14 @@ def _pipeline(
         )
         for block in plan
     ]
+    sizes = {author.image_size, ranker.image_size if ranker else author.image_size}
     tables: dict[str, Any] = {"batch_format": "pyarrow"}
     return (
         ray.data.from_arrow(entries)
         .map_batches(
             cast(Any, read_photos),
             batch_size=1,
-            fn_kwargs={"image_size": author.image_size},
+            fn_kwargs={"image_sizes": sorted(sizes)},
             # One byte: another demand than the actors' keeps Ray Data from joining the readers
             # with them; the actors would then read between drawings.
             memory=1,
@@ -292,12 +295,16 @@ def _pipeline(
             fn_constructor_kwargs={
                 "spec": spec,
                 "config": config,
-                "journals": str(folder / "attempts"),
+                "folder": str(folder),
+                "ranker": ranker,
             },
             **tables,
         )
         .map_batches(
-            cast(Any, write_rows), batch_size=None, fn_kwargs={"target": str(target)}, **tables
+            cast(Any, write_rows),
+            batch_size=None,
+            fn_kwargs={"target": str(folder / _ROUND)},
+            **tables,
         )
     )
 
@@ -319,36 +326,44 @@ def _follow(dataset: ray.data.Dataset, ledger: Ledger, bar: Progress) -> None:
             )
 
 
-def read_photos(plan: pa.Table, image_size: int) -> pa.Table:
-    """Task: the photos of one block, ``aligned`` as bytes (S, S, 3), or ``fault`` and none."""
+def read_photos(plan: pa.Table, image_sizes: Sequence[int]) -> pa.Table:
+    """Task: the photos of one block, for each size S ``aligned_S`` as bytes (S, S, 3), or ``fault``
+    and none."""
     (entry,) = plan.to_pylist()
     rows = _read_slice(entry["file"], entry["start"], entry["stop"])
-    aligned: list[bytes | None] = []
+    aligned: dict[int, list[bytes | None]] = {size: [] for size in image_sizes}
     faults: list[str] = []
     for image in rows["image"].to_pylist():
+        found: dict[int, bytes] = {}
         try:
-            aligned.append(align(decode_stored(image), image_size).tobytes())
+            rgb = decode_stored(image)
+            found = {size: align(rgb, size).tobytes() for size in image_sizes}
             faults.append("")
         except Exception as error:  # one damaged picture costs its own row alone, and is told
-            aligned.append(None)
             faults.append(_one_line(error))
+        for size, column in aligned.items():
+            column.append(found.get(size))
     block = np.full(len(faults), entry["block"], np.int64)
-    for name, column in (
-        ("aligned", pa.array(aligned, pa.binary())),
-        ("fault", pa.array(faults, pa.string())),
-        ("block", pa.array(block)),
-    ):
-        rows = rows.append_column(name, column)
-    return rows
+    for size, column in aligned.items():
+        rows = rows.append_column(f"aligned_{size}", pa.array(column, pa.binary()))
+    rows = rows.append_column("fault", pa.array(faults, pa.string()))
+    return rows.append_column("block", pa.array(block))
 
 
 class SketchActor:
     """Actor: draws batches of photos; a photo that cannot be drawn is a failed row."""
 
-    def __init__(self, spec: SketcherSpec, config: SketchConfig, journals: str) -> None:
+    def __init__(
+        self,
+        spec: SketcherSpec,
+        config: SketchConfig,
+        folder: str,
+        ranker: RankerSpec | None = None,
+    ) -> None:
         self.sketcher = spec.make()
         self.config = config
-        self.journals = Path(journals)
+        self.ranker = ranker.make(np.load(Path(folder) / _REFERENCE)) if ranker else None
+        self.journals = Path(folder) / _ATTEMPTS
         self.block = -1
         self.attempts: Attempts | None = None
 
@@ -375,14 +390,13 @@ class SketchActor:
     ) -> Iterator[dict[str, Any]]:
         """All at once; one by one where that raised, or where a process ended at it before."""
         seeds = [row_seed(self.config.seed, photo["photo_id"], sample) for photo in photos]
-        whole = [i for i, photo in enumerate(photos) if photo["aligned"] is not None]
+        whole = [i for i, photo in enumerate(photos) if not photo["fault"]]
         drawn: dict[int, Drawn | tuple[str, str]] = {}
         key = f"{sample}/{photos[0]['photo_id']}/{len(photos)}"
         if whole and not attempts.deaths(key):
             try:
                 with attempts.working_on(key):
-                    pixels = np.stack([self._pixels(photos[i]) for i in whole])
-                    found = self.sketcher.draw(pixels, [seeds[i] for i in whole])
+                    found = self._ranked([photos[i] for i in whole], [seeds[i] for i in whole])
                     drawn = dict(zip(whole, found, strict=True))
             except Exception:  # whose fault it is shows when they are drawn one by one
                 drawn = {}
@@ -395,20 +409,25 @@ class SketchActor:
         self, photo: dict[str, Any], seed: int, sample: int, attempts: Attempts
     ) -> Drawn | tuple[str, str]:
         """The drawing, or reason and text of why there is none."""
-        if photo["aligned"] is None:
+        if photo["fault"]:
             return "damaged-photo", photo["fault"]
         key = f"{sample}/{photo['photo_id']}"
         if attempts.deaths(key) >= LIMIT:
             return KILLED, f"{attempts.deaths(key)} processes ended while they drew it"
         try:
             with attempts.working_on(key):
-                return self.sketcher.draw(self._pixels(photo)[None], [seed])[0]
+                return self._ranked([photo], [seed])[0]
         except Exception as error:  # any fault costs its own row alone, and is told
             return f"{_ERROR}{type(error).__name__}", _one_line(error)
 
-    def _pixels(self, photo: dict[str, Any]) -> NDArray[np.uint8]:
-        size = self.sketcher.image_size
-        return np.frombuffer(photo["aligned"], np.uint8).reshape(size, size, 3)
+    def _ranked(self, photos: list[dict[str, Any]], seeds: list[int]) -> list[Drawn]:
+        """A drawing of each photo, with the photo's rank where there is a teacher."""
+        drawn = self.sketcher.draw(_pixels(photos, self.sketcher.image_size), seeds)
+        if self.ranker is None:
+            return drawn
+        photo_B3SS = _pixels(photos, self.ranker.image_size).transpose(0, 3, 1, 2)
+        ranks = self.ranker.rank(photo_B3SS, [one.strokes for one in drawn])
+        return [dataclasses.replace(one, rank=rank) for one, rank in zip(drawn, ranks, strict=True)]
 
     def _row(
         self, photo: dict[str, Any], seed: int, drawn: Drawn | tuple[str, str]
@@ -419,7 +438,7 @@ class SketchActor:
             status = "failed"
         elif not drawn.strokes:
             status, reason = "failed", "nothing-to-draw"
-        elif reason := filter_reason(drawn, self.config):
+        elif reason := filter_reason(drawn, self.config.filters):
             status = "filtered"
         return {
             "photo_id": photo["photo_id"],
@@ -427,6 +446,7 @@ class SketchActor:
             "strokes": flatten(drawn.strokes),
             "certainty": drawn.certainty if drawn.strokes else 0.0,
             "log_prob": drawn.log_prob,
+            "rank": drawn.rank if drawn.strokes else 0,
             "points": count_points(drawn.strokes),
             "generator_version": self.sketcher.version,
             "generator_digest": self.sketcher.digest,
@@ -438,6 +458,12 @@ class SketchActor:
             "block": photo["block"],
             "detail": detail,
         }
+
+
+def _pixels(photos: list[dict[str, Any]], size: int) -> NDArray[np.uint8]:
+    """(B, S, S, 3) the photos as they were aligned at one size."""
+    pixels = np.stack([np.frombuffer(photo[f"aligned_{size}"], np.uint8) for photo in photos])
+    return pixels.reshape(-1, size, size, 3)
 
 
 def write_rows(rows: pa.Table, target: str) -> pa.Table:

@@ -13,17 +13,33 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sbir_ray.config import JointTraining
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.runlog import Progress
 from sbir_ray.stream.cluster import connect, ensure_fits
+from sbir_ray.train.job import Job
 from sbir_ray.train.ranks import Ranks
-from sbir_ray.train.tasks import Job
+
+if TYPE_CHECKING:
+    from sbir_ray.stream.live import Shard
 
 MESSAGES = "messages.log"
 _POLL = 0.5
+
+
+@dataclass(frozen=True)
+class Actors:
+    """The processes that draw while joint training goes on."""
+
+    least: int = 1
+    most: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+    """Of each; a GPU may be shared."""
 
 
 def train(
@@ -33,15 +49,18 @@ def train(
     gpu: bool = False,
     cpus_per_worker: float | None = None,
     address: str | None = None,
+    actors: Actors | None = None,
     progress: Callable[[str], Progress] | None = None,
 ) -> list[dict[str, Any]]:
     """Train ``jobs`` one after another on ``workers`` Ray Train workers, each to its run folder.
 
     Args:
-        workers: processes that share each batch; 0: this process, without Ray.
+        workers: processes that share each batch; 0: this process, without Ray unless drawings come
+            from actors.
         cpus_per_worker: also the threads of each; None: this machine's CPUs divided among the
             workers when Ray is started here, 1 on a cluster that is there.
         address: the Ray cluster, see :func:`sbir_ray.stream.cluster.connect`.
+        actors: who draws for joint training that is not ``stream.sync``.
         progress: makes a progress line from a title, one for each job.
 
     Returns:
@@ -56,34 +75,107 @@ def train(
     follower = threading.Thread(target=_follow, args=(jobs, progress, stop), daemon=True)
     if progress is not None:
         follower.start()
+    # What draws for a job starts from the runs of the jobs before it.
+    alone, streamed = list(jobs), []
+    if jobs and isinstance(jobs[-1].config, JointTraining) and not jobs[-1].config.stream.sync:
+        alone, streamed = list(jobs[:-1]), [jobs[-1]]
     try:
-        if workers == 0:
-            return _run(jobs, gpu, Ranks())
+        if workers == 0 and not streamed:
+            return _run(alone, gpu, Ranks())
         here = not (address or os.environ.get("RAY_ADDRESS"))
-        share = len(os.sched_getaffinity(0)) // workers if here else 1
-        cpus = cpus_per_worker or float(max(1, share))
+        share = len(os.sched_getaffinity(0)) // max(workers, 1) if here else 1
+        group = _Group(workers, gpu, cpus_per_worker or float(max(1, share)))
         with connect(address):
-            ensure_fits(cpus, float(gpu), workers, what="--workers")
-            return _with_ray(jobs, workers, gpu, cpus)
+            ensure_fits(group.cpus, float(gpu), workers, what="--workers")
+            results = group.run(alone) if alone else []
+            for job in streamed:
+                results += _run_streamed(job, group, actors or Actors())
+            return results
     finally:
         stop.set()
         if progress is not None:
             follower.join()
 
 
-def _with_ray(
-    jobs: Sequence[Job], workers: int, gpu: bool, cpus_per_worker: float
-) -> list[dict[str, Any]]:
+def _run_streamed(job: Job, group: _Group, actors: Actors) -> list[dict[str, Any]]:
+    """Joint training with actors that draw meanwhile."""
+    from sbir_ray.stream.filters import RankerSpec
+    from sbir_ray.stream.live import LiveStream, StreamSpec
+
+    config = job.config
+    assert isinstance(config, JointTraining)
+    device = "cuda" if actors.gpus else "cpu"
+    threads = max(1, int(actors.cpus))
+    ranker = None
+    if config.filters.max_rank:
+        ranker = RankerSpec.of_run(Path(job.inputs["teacher"]), device, threads)
+    pseudo = round(config.retrieval.pseudo_share * config.retrieval.optim.batch_size)
+    spec = StreamSpec(
+        photos=Path(job.inputs["photos"]),
+        generator=Path(job.inputs["generator"]),
+        stream=config.stream,
+        samples=config.policy.samples if config.policy.kind != "none" else 0,
+        sides=(
+            config.retrieval.model.image_size,
+            config.generator.model.image_size,
+            config.generator.discriminator.image_size,
+        ),
+        seed=config.seed,
+        ranker=ranker,
+        device=device,
+        threads=threads,
+    )
+    with LiveStream(
+        spec,
+        rows_per_step=max(pseudo, config.policy.batch_size),
+        world=max(1, group.workers),
+        first=_drawn_before(Path(job.out)),
+        actors=(actors.least, actors.most),
+        cpus_per_actor=actors.cpus,
+        gpus_per_actor=actors.gpus,
+    ) as stream:
+        return group.run([job], stream.shards)
+
+
+def _drawn_before(run: Path) -> int:
+    """Photos that earlier processes of this run have drawn, used or not."""
+    file = run / "ledger.json"
+    return int(json.loads(file.read_bytes())["drawn"]) if file.exists() else 0
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The processes that train."""
+
+    workers: int
+    gpu: bool
+    cpus: float
+
+    def run(self, jobs: Sequence[Job], shards: Sequence[Shard] = ()) -> list[dict[str, Any]]:
+        """The last evaluation of each job."""
+        if self.workers == 0:
+            return _run(jobs, self.gpu, Ranks(), shards)
+        return _with_ray(jobs, self, shards)
+
+
+def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> list[dict[str, Any]]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     storage = Path(jobs[0].out).resolve() / "ray"
-    resources = {"CPU": cpus_per_worker, **({"GPU": 1.0} if gpu else {})}
+    gpu = group.gpu
+    resources = {"CPU": group.cpus, **({"GPU": 1.0} if gpu else {})}
+    settings = {
+        "jobs": list(jobs),
+        "gpu": gpu,
+        "threads": math.ceil(group.cpus),
+        "shards": list(shards),
+    }
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"jobs": list(jobs), "gpu": gpu, "threads": math.ceil(cpus_per_worker)},
+        train_loop_config=settings,
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=gpu, resources_per_worker=resources
+            num_workers=group.workers, use_gpu=gpu, resources_per_worker=resources
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=600),
         # A name used twice would make Ray go on with its own idea of the old run.
@@ -111,12 +203,15 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(settings["threads"])
     try:
         ranks = Ranks(context.get_world_rank(), context.get_world_size())
-        return {"results": _run(settings["jobs"], settings["gpu"], ranks)}
+        results = _run(settings["jobs"], settings["gpu"], ranks, settings["shards"])
+        return {"results": results}
     except SbirError as error:
         return {"error": str(error), "user": isinstance(error, UserError)}
 
 
-def _run(jobs: Sequence[Job], gpu: bool, ranks: Ranks) -> list[dict[str, Any]]:
+def _run(
+    jobs: Sequence[Job], gpu: bool, ranks: Ranks, shards: Sequence[Shard] = ()
+) -> list[dict[str, Any]]:
     import torch
 
     from sbir_ray.train.loop import fit
@@ -130,7 +225,7 @@ def _run(jobs: Sequence[Job], gpu: bool, ranks: Ranks) -> list[dict[str, Any]]:
                 with (Path(job.out) / MESSAGES).open("a") as stream:
                     stream.write(line + "\n")
 
-        results.append(fit(job, ranks, device, say))
+        results.append(fit(job, ranks, device, say, shards[ranks.rank] if shards else None))
     return results
 
 
@@ -176,8 +271,10 @@ def _fresh(file: Path, seen: dict[str, int]) -> list[str]:
 
 
 def _summary(entry: dict[str, Any]) -> str:
-    hidden = {"kind", "step", "steps", "seconds", "steps_per_second", "gradient_norm"}
-    shown = {k: v for k, v in entry.items() if k not in hidden}
+    hidden = {"kind", "step", "steps", "seconds", "steps_per_second"}
+    shown = {
+        k: v for k, v in entry.items() if k not in hidden and not k.startswith("gradient_norm")
+    }
     if entry["kind"] == "evaluation":
         shown = {k: v for k, v in shown.items() if k in ("acc@1", "acc@10", "offset", "pen")}
     return " ".join(f"{k} {v:.3f}" for k, v in shown.items())

@@ -7,44 +7,55 @@ import ctypes
 import json
 import math
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sbir_ray import checkpoint
-from sbir_ray.config import SCHEMA_VERSION, OptimConfig, digest, to_dict
+from sbir_ray.config import SCHEMA_VERSION, AdamConfig, digest, to_dict
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.runlog import versions, write_json_atomic
 from sbir_ray.runs import read_run
+from sbir_ray.train.job import Board, Job, Task
 from sbir_ray.train.ranks import Ranks
-from sbir_ray.train.tasks import Job, Task, build
+from sbir_ray.train.tasks import build
+
+if TYPE_CHECKING:
+    from sbir_ray.stream.live import Shard
 
 MAX_SKIPPED = 10
 """Steps in a row whose loss or gradient is not finite before the run fails."""
 
 
-def learning_rate(step: int, optim: OptimConfig) -> float:
-    """The rate of ``step``: ``constant``, or ``one_cycle``: a cosine up over the first 30% of the
-    steps from lr / 25, and a cosine down to almost 0."""
-    if optim.schedule == "constant":
-        return optim.lr
-    peak = max(1.0, 0.3 * optim.steps)
+def learning_rate(step: int, steps: int, adam: AdamConfig) -> float:
+    """The rate of ``step`` of ``steps``: ``constant``, or ``one_cycle``: a cosine up over the first
+    30% of the steps from lr / 25, and a cosine down to almost 0."""
+    if adam.schedule == "constant":
+        return adam.lr
+    peak = max(1.0, 0.3 * steps)
     if step < peak:
-        low, high, part = optim.lr / 25, optim.lr, step / peak
+        low, high, part = adam.lr / 25, adam.lr, step / peak
     else:
-        low, high, part = optim.lr / 1e4, optim.lr, 1 - (step - peak) / max(1.0, optim.steps - peak)
+        low, high, part = adam.lr / 1e4, adam.lr, 1 - (step - peak) / max(1.0, steps - peak)
     return low + (high - low) * 0.5 * (1 - math.cos(math.pi * part))
 
 
-def fit(job: Job, ranks: Ranks, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
+def fit(
+    job: Job,
+    ranks: Ranks,
+    device: torch.device,
+    say: Callable[[str], None],
+    live: Shard | None = None,
+) -> dict[str, Any]:
     """Train ``job`` to its last step, from its newest checkpoint if it has one.
 
     Args:
         say: takes one line for the user.
+        live: where this rank of joint training gets drawings that actors make; None: it draws.
 
     Returns:
         The last evaluation, as in ``run.json``.
@@ -62,20 +73,25 @@ def fit(job: Job, ranks: Ranks, device: torch.device, say: Callable[[str], None]
     if device.type == "cpu":
         _keep_memory()
     torch.manual_seed(config.seed)
-    task = build(job, ranks, device)
-    optim = task.optim
-    parameters = [p for p in task.trained.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=optim.lr, betas=(optim.beta1, 0.999), weight_decay=optim.weight_decay
-    )
-    start = _restore(run, task, optimizer, say)
+    task = build(job, ranks, device, live)
+    optimizers = {
+        name: torch.optim.AdamW(
+            player.parameters,
+            lr=player.adam.lr,
+            betas=(player.adam.beta1, 0.999),
+            weight_decay=player.adam.weight_decay,
+        )
+        for name, player in task.players.items()
+    }
+    start = _restore(run, task, optimizers, say)
     with contextlib.ExitStack() as stack:
         log = None
         if ranks.rank == 0:
-            log = stack.enter_context(contextlib.closing(_Log(run, start, optim.steps)))
-        _steps(job, task, optimizer, start, ranks, log, say)
-        result = _evaluate(task, optim.steps, log)
-    _save(run, task, optimizer, optim.steps, ranks, config.save.keep)
+            log = stack.enter_context(contextlib.closing(_Log(run, start, task.steps)))
+        _steps(job, task, optimizers, start, ranks, log, say)
+        result = _evaluate(task, task.steps, log)
+        task.finish()
+    _save(run, task, optimizers, task.steps, ranks, config.save.keep)
     if ranks.rank == 0:
         write_json_atomic(run / "run.json", {**record, "status": "done", "result": result})
     ranks.wait()
@@ -85,36 +101,44 @@ def fit(job: Job, ranks: Ranks, device: torch.device, say: Callable[[str], None]
 def _steps(
     job: Job,
     task: Task,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Mapping[str, torch.optim.Optimizer],
     start: int,
     ranks: Ranks,
     log: _Log | None,
     say: Callable[[str], None],
 ) -> None:
     """The steps from ``start`` on: rows, losses, gradients of all ranks, one update."""
-    config, optim, run = job.config, task.optim, Path(job.out)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    skipped = 0
-    # Rows are made one step ahead: they depend on the step's number alone.
+    save, run = job.config.save, Path(job.out)
+    skipped, due = 0, False
+    board = None if log is None else log.board
+    # Rows are made one step ahead, where they do not depend on what the step before them changes.
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(task.batch, start)
-        for step in range(start, optim.steps):
-            batch = ahead.result()
-            if step + 1 < optim.steps:
-                ahead = pool.submit(task.batch, step + 1)
+        ahead: Future[Any] | None = None
+        for step in range(start, task.steps):
+            began = time.monotonic()
+            batch = task.batch(step) if ahead is None else ahead.result()
+            waited = time.monotonic() - began
+            more = step + 1 < task.steps and task.ahead(step + 1)
+            ahead = pool.submit(task.batch, step + 1) if more else None
             task.trained.train()
             losses = task.losses(batch, step)
-            optimizer.zero_grad(set_to_none=True)
+            values = dict(losses)
+            for optimizer in optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
-            ranks.sum_gradients(parameters)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
-            # The summed gradient is the same on all ranks, so they all decide alike.
-            if bool(torch.isfinite(norm)):
+            turn = task.turn(step)
+            for name, player in turn.items():
+                ranks.sum_gradients(player.parameters)
+                norm = torch.nn.utils.clip_grad_norm_(player.parameters, player.adam.clip_norm)
+                values["_".join(["gradient_norm", name]).rstrip("_")] = norm
+            # The summed gradients are the same on all ranks, so they all decide alike.
+            norms = [value for key, value in values.items() if key.startswith("gradient_norm")]
+            if all(bool(torch.isfinite(norm)) for norm in norms):
                 skipped = 0
-                rate = learning_rate(step, optim)
-                for parameter_group in optimizer.param_groups:
-                    parameter_group["lr"] = rate
-                optimizer.step()
+                for name, player in turn.items():
+                    for group in optimizers[name].param_groups:
+                        group["lr"] = learning_rate(step, task.steps, player.adam)
+                    optimizers[name].step()
             else:
                 skipped += 1
                 reason = _not_finite(losses, step, ranks)
@@ -122,14 +146,18 @@ def _steps(
                 if skipped == MAX_SKIPPED:
                     raise SbirError(f"{run}: {skipped} steps in a row were not finite; {reason}")
             done = step + 1
-            values = {**losses, "gradient_norm": norm}
-            if log is not None and (done % config.save.log_every == 0 or done == optim.steps):
-                log.write("step", done, values)
-            every = config.save.evaluate_every
-            if every and done % every == 0 and done < optim.steps:
+            more_values = task.done(step, board)
+            if log is not None:
+                log.add({**values, **more_values}, waited)
+                if done % save.log_every == 0 or done == task.steps:
+                    log.write_steps(done)
+            every = save.evaluate_every
+            if every and done % every == 0 and done < task.steps:
                 _evaluate(task, done, log)
-            if done % config.save.checkpoint_every == 0 and done < optim.steps:
-                _save(run, task, optimizer, done, ranks, config.save.keep)
+            due |= done % save.checkpoint_every == 0
+            if due and task.resumable(done) and done < task.steps:
+                _save(run, task, optimizers, done, ranks, save.keep)
+                due = False
 
 
 def _keep_memory() -> None:
@@ -173,16 +201,24 @@ def _open_run(job: Job, run: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def _restore(
-    run: Path, task: Task, optimizer: torch.optim.Optimizer, say: Callable[[str], None]
+    run: Path,
+    task: Task,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    say: Callable[[str], None],
 ) -> int:
     found = checkpoint.load(run, say)
     if found is None:
+        task.restore(0, {})
         return 0
     try:
         task.trained.load_state_dict(found.model)
     except RuntimeError as error:
         raise SbirError(f"{found.path}: does not fit the network of this run ({error})") from error
-    checkpoint.restore_optim(optimizer, found.optim)
+    for name, optimizer in optimizers.items():
+        start = f"{name}." if name else ""
+        mine = {k.removeprefix(start): v for k, v in found.optim.items() if k.startswith(start)}
+        checkpoint.restore_optim(optimizer, mine)
+    task.restore(found.step, found.state)
     say(f"{run}: resumed at step {found.step}")
     return found.step
 
@@ -190,14 +226,18 @@ def _restore(
 def _save(
     run: Path,
     task: Task,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Mapping[str, torch.optim.Optimizer],
     step: int,
     ranks: Ranks,
     keep: int,
 ) -> None:
+    state = {"world": ranks.world, **task.state()}
     if ranks.rank == 0:
-        state = {"world": ranks.world, **task.state()}
-        optim = checkpoint.optim_tensors(optimizer)
+        optim = {
+            f"{name}.{key}" if name else key: value
+            for name, optimizer in optimizers.items()
+            for key, value in checkpoint.optim_tensors(optimizer).items()
+        }
         checkpoint.save(run, step, task.trained.state_dict(), optim, state, keep)
     ranks.wait()
 
@@ -230,8 +270,25 @@ class _Log:
             lines = [json.loads(line) for line in self.file.read_text().splitlines()]
             kept = [json.dumps(line) for line in lines if line["step"] <= start]
         self.file.write_text("".join(f"{line}\n" for line in kept))
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+        self.board: Board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
         self.start, self.steps, self.began = start, steps, time.monotonic()
+        self.sums: dict[str, list[Any]] = {}
+        self.waited, self.since = 0.0, self.began
+
+    def add(self, values: Mapping[str, Any], waited: float) -> None:
+        """The numbers of one step, which waited so many seconds for its rows."""
+        for key, value in values.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.sums.setdefault(key, []).append(value)
+        self.waited += waited
+
+    def write_steps(self, step: int) -> None:
+        """A line with the means over the steps since the last one."""
+        now = time.monotonic()
+        means = {key: sum(map(float, values)) / len(values) for key, values in self.sums.items()}
+        share = self.waited / max(now - self.since, 1e-9)
+        self.write("step", step, {**means, "wait_share": share})
+        self.sums, self.waited, self.since = {}, 0.0, now
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         plain = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in values.items()}

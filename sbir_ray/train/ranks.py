@@ -7,7 +7,8 @@ would have computed. So the result does not depend on the number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,19 @@ class Ranks:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """The sum of counts by name over the ranks, whatever names each has."""
+        if self.world == 1:
+            return dict(counts)
+        text = torch.frombuffer(bytearray(json.dumps(counts).encode()), dtype=torch.uint8)
+        longest = torch.tensor(len(text))
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        padded = torch.full((1, int(longest)), ord(" "), dtype=torch.uint8)
+        padded[0, : len(text)] = text
+        every = [json.loads(bytes(row.tolist())) for row in self.gather(padded)]
+        names = sorted({name for one in every for name in one})
+        return {name: sum(one.get(name, 0) for one in every) for name in names}
 
     def wait(self) -> None:
         """Return when every rank has come here."""

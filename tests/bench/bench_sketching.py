@@ -91,7 +91,7 @@ class Plain:
     """The actor without a pipeline."""
 
     def __init__(self, spec: SketcherSpec, config: SketchConfig, folder: str) -> None:
-        self.actor = SketchActor(spec, config, f"{folder}/attempts")
+        self.actor = SketchActor(spec, config, folder)
         self.config, self.folder = config, folder
 
     def draw(self, photos: pa.Table) -> pa.Table:
@@ -119,7 +119,7 @@ def read(block: PhotoBlock, image_size: int) -> pa.Table:
         "start": [block.start],
         "stop": [block.stop],
     }
-    return read_photos(pa.table(entry), image_size)
+    return read_photos(pa.table(entry), [image_size])
 
 
 def plain_rate(

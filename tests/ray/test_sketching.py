@@ -1,5 +1,6 @@
 """Pseudo sketches: the same rows by any number of actors, every photo accounted for, resumed."""
 
+import collections
 import dataclasses
 import io
 import os
@@ -11,16 +12,19 @@ import pytest
 from PIL import Image
 from ray import cloudpickle
 
-from sbir_ray.config import SketchConfig
+from sbir_ray.config import FilterConfig, SketchConfig
 from sbir_ray.data import photos
-from sbir_ray.data.strokes import canonical
+from sbir_ray.data.strokes import canonical, unflatten
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.runlog import Ledger, Progress
+from sbir_ray.stream.filters import RankerSpec, reference_photos
 from sbir_ray.stream.ingest import ingest
 from sbir_ray.stream.pseudo_store import PseudoSet, iter_rows, read_header
 from sbir_ray.stream.sketchers import Drawn, SketcherSpec
-from sbir_ray.stream.sketching import filter_reason, plan_blocks, row_seed, sketch
-from tests.tiny import photo
+from sbir_ray.stream.sketching import plan_blocks, row_seed, sketch
+from sbir_ray.train.job import Job
+from sbir_ray.train.launch import train
+from tests.tiny import photo, retrieval_config, tiny_pairs
 
 # Workers cannot import this file.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -31,7 +35,8 @@ PHOTOS = 21
 class Fake:
     """Draws as many points as the seed says; on photos that look like one of ``plans``, worse."""
 
-    name, version, digest, image_size, judged = "fake", 3, "f00d", 32, True
+    name, version, digest, image_size = "fake", 3, "f00d", 32
+    generative = judged = True
 
     def __init__(self, plans):
         self.config = {}
@@ -81,7 +86,13 @@ def rows_of(out):
 
 
 def test_the_same_rows_come_from_any_batches_and_actors(tmp_path, store):
-    config = SketchConfig(seed=5, samples=2, temperature=1.0, min_certainty=0.3, batch_size=2)
+    config = SketchConfig(
+        seed=5,
+        samples=2,
+        temperature=1.0,
+        batch_size=2,
+        filters=FilterConfig(min_certainty=0.3),
+    )
     one = sketch(store, tmp_path / "one", FakeSpec("fake"), config, actors=(1, 1))
     other = dataclasses.replace(config, batch_size=5)
     two = sketch(store, tmp_path / "two", FakeSpec("fake"), other, actors=(2, 2))
@@ -184,7 +195,12 @@ def test_a_sketcher_that_fails_on_everything_stops_the_run(tmp_path, store):
 @pytest.mark.parametrize(
     ("sketcher", "settings", "options", "message"),
     [
-        ("contours", {"min_certainty": 0.5}, {}, "min_certainty=0.5: contours has no disc"),
+        (
+            "contours",
+            {"filters": FilterConfig(min_certainty=0.5)},
+            {},
+            r"filters\.min_certainty=0\.5: contours has no discriminator",
+        ),
         ("contours", {"temperature": 1.0}, {}, "temperature=1: contours draws without chance"),
         ("contours", {"samples": 2}, {}, "samples=2: at temperature=0"),
         ("countours", {}, {}, "countours: no such run folder; name one, or contours, edges"),
@@ -200,19 +216,68 @@ def test_what_cannot_be_or_has_no_effect_is_refused(
         sketch(store, tmp_path / "out", sketcher, SketchConfig(**settings), **options)
 
 
-def test_each_filter_has_its_reason():
-    line = canonical([np.array([[0, 0], [9, 9], [9, 0.0]])] * 3)
-    drawn = Drawn(line, certainty=0.5, ended=False)
-    none = SketchConfig(min_points=9, max_points=9, max_strokes=3)
-    assert filter_reason(drawn, none) == ""
-    for reason, change in (
-        ("min_certainty", {"min_certainty": 0.51}),
-        ("min_points", {"min_points": 10}),
-        ("max_points", {"max_points": 8}),
-        ("max_strokes", {"max_strokes": 2}),
-        ("no-end", {"require_end": True}),
-    ):
-        assert filter_reason(drawn, dataclasses.replace(none, **change)) == reason
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Two retrieval networks, nearly as they began: such small ones soon see all photos as one."""
+    root = tmp_path_factory.mktemp("teachers")
+    inputs = {"pairs": str(tiny_pairs(root / "pairs"))}
+    runs = [root / f"f{seed}" for seed in range(2)]
+    for seed, run in enumerate(runs):
+        config = retrieval_config(seed=seed)
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-9))
+        train([Job("retrieval", str(run), config, inputs)], workers=0)
+    return runs
+
+
+def test_a_teacher_leaves_out_drawings_whose_photo_it_ranks_behind(tmp_path, store, teachers):
+    config = SketchConfig(batch_size=2, filters=FilterConfig(min_certainty=0.2, max_rank=9))
+    by, teacher = FakeSpec("fake"), teachers[0]
+    ledger = sketch(store, tmp_path / "one", by, config, teacher=teacher, actors=(1, 1))
+    rows = rows_of(tmp_path / "one")
+
+    # The same ranks as of the drawings as they are stored, all at once.
+    spec = RankerSpec.of_run(teacher)
+    size = spec.image_size
+    ranker = spec.make(reference_photos(store, size))
+    pictures = np.stack(
+        [photos.align(photos.decode_stored(row["image"]), size) for row in rows.values()]
+    )
+    ranks = ranker.rank(
+        pictures.transpose(0, 3, 1, 2), [unflatten(row["strokes"]) for row in rows.values()]
+    )
+    assert [row["rank"] for row in rows.values()] == ranks
+    assert len(set(ranks)) > 5
+
+    reasons = collections.Counter()
+    for row in rows.values():
+        expected = "max_rank" if row["rank"] > 9 else ""
+        expected = "min_certainty" if row["certainty"] < 0.2 else expected
+        assert (row["reason"], row["kept"]) == (expected, not expected)
+        reasons[expected] += 1
+    assert ledger.count("kept") == reasons.pop("")
+    assert ledger.by_reason["filtered"] == reasons
+    assert set(reasons) == {"min_certainty", "max_rank"}
+    header = read_header(tmp_path / "one")
+    assert header["teacher_digest"] == spec.digest
+    assert {entry.name for entry in (tmp_path / "one").iterdir()} == {"pseudo.json", "round-0000"}
+
+    other = dataclasses.replace(config, batch_size=5)
+    sketch(store, tmp_path / "two", by, other, teacher=teacher, actors=(2, 2))
+    assert rows_of(tmp_path / "two") == rows
+
+
+def test_what_was_ranked_by_another_teacher_is_drawn_again(tmp_path, store, teachers):
+    out, config = tmp_path / "out", SketchConfig(batch_size=4, filters=FilterConfig(max_rank=9))
+    how = {"config": config, "actors": (1, 1)}
+    with pytest.raises(KeyboardInterrupt):
+        sketch(store, out, FakeSpec("fake"), teacher=teachers[0], progress=Stopped, **how)
+    parts = tmp_path.glob("out.partial/round-0000/part-*")
+    first = {(file.name, identity(file)) for file in parts}
+    assert first
+    sketch(store, out, FakeSpec("fake"), teacher=teachers[1], **how)
+    final = {(file.name, identity(file)) for file in out.glob("round-0000/part-*")}
+    assert not first & final
+    assert {name for name, _ in first} <= {name for name, _ in final}
 
 
 def test_blocks_are_whole_batches_and_cover_every_photo(store):

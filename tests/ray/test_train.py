@@ -9,7 +9,7 @@ import pytest
 from sbir_ray import checkpoint
 from sbir_ray.errors import UserError
 from sbir_ray.train.launch import train
-from sbir_ray.train.tasks import Job
+from sbir_ray.train.job import Job
 from tests.tiny import retrieval_config, tiny_pairs
 
 

@@ -105,6 +105,18 @@ def test_it_sees_both_the_photo_and_the_sketch() -> None:
         assert not torch.allclose(own, net(photo, raster.flip(0)))
 
 
+def test_a_raster_of_floats_is_judged_as_that_of_bytes_and_takes_gradients() -> None:
+    net = small().eval()
+    photo, raster = pairs(2)
+    raster[:, ::3] = 100
+    ink = (raster.float() / 255).requires_grad_()
+    certainty = net.certainty(photo, ink)
+    torch.testing.assert_close(certainty, net.certainty(photo, raster), rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(certainty[0], ink)
+    assert grad[0].abs().max() > 0
+    assert not grad[1].any()
+
+
 def test_the_state_holds_parameters_alone() -> None:
     net = small()
     assert set(net.state_dict()) == {name for name, _ in net.named_parameters()}

@@ -212,6 +212,55 @@ def test_attention_of_each_row_sums_to_one_through_the_end() -> None:
     assert float(total[0, 5:].abs().max()) == 0
 
 
+def test_without_attention_every_look_is_at_the_average_in_training_and_drawing() -> None:
+    generator = small(attend=False)
+    photo = photos(4)
+    drawings = generator.draw(photo, range(4), 1.0, attention=True)
+    points, length = padded([d.rows for d in drawings])
+    terms = generator.nll(photo, points, length, attention=True)
+    log_prob_BT = generator.log_prob(photo, points, length)
+    for b, drawing in enumerate(drawings):
+        assert drawing.attention is not None
+        np.testing.assert_allclose(drawing.attention, 1 / 16)
+        look = terms["attention"][b, : len(drawing.rows)].detach().numpy()
+        np.testing.assert_allclose(look, 1 / 16)
+        assert drawing.log_prob == pytest.approx(float(log_prob_BT[b].sum().detach()), abs=2e-3)
+
+
+def test_without_attention_its_weights_do_not_train_and_all_others_do() -> None:
+    generator = small(attend=False).train()
+    terms = generator.nll(photos(2), *padded(people(generator, [4, 9])), noise_BZ=torch.ones(2, 8))
+    (terms["offset"] + terms["pen"] + terms["kl"]).mean().backward()
+    for name, parameter in generator.named_parameters():
+        still = name.startswith(("attend_", "backbone."))
+        assert parameter.requires_grad != still, name
+        assert (parameter.grad is None) == still, name
+
+
+def test_log_prob_of_a_photo_is_that_of_its_map() -> None:
+    generator = small()
+    photo, rows = photos(2), padded(people(generator, [4, 9]))
+    value = generator.log_prob_of_map(generator.encode(photo), *rows)
+    assert torch.equal(value, generator.log_prob(photo, *rows))
+
+
+def test_the_last_layer_alone_gets_the_gradient_that_it_has_among_all() -> None:
+    generator = small()
+    photo, rows = photos(2), padded(people(generator, [4, 9]))
+    generator.log_prob(photo, *rows).sum().backward()
+    wanted = {name: p.grad for name, p in generator.output.named_parameters()}
+    generator.zero_grad(set_to_none=True)
+    value = generator.log_prob(photo, *rows, last_only=True)
+    value.sum().backward()
+    assert torch.equal(value, generator.log_prob(photo, *rows))
+    for name, parameter in generator.named_parameters():
+        if name.startswith("output."):
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, wanted[name.removeprefix("output.")])
+        else:
+            assert parameter.grad is None, name
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_the_backbone_trains_if_asked_and_keeps_its_statistics(trained: bool) -> None:
     generator = small(train_backbone=trained).train()

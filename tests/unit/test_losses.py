@@ -210,6 +210,34 @@ def test_triplet_refuses_a_batch_of_one_photo() -> None:
         losses.triplet(unit(2), unit(1), torch.tensor([0, 0]), 0.3)
 
 
+def test_mean_triplet_is_the_mean_over_every_other_photo() -> None:
+    sketch, photo = unit(5), unit(4, seed=1)
+    expected = []
+    for b, own in enumerate(PHOTO_OF.tolist()):
+        near = distance(sketch[b], photo[own])
+        far = [distance(sketch[b], photo[other]) for other in range(4) if other != own]
+        expected.append(sum(max(0.0, 0.3 + near - away) for away in far) / 3)
+    value = losses.mean_triplet(sketch, photo, PHOTO_OF, 0.3)
+    assert value.tolist() == pytest.approx(expected)
+    assert min(expected) < 0.1 < max(expected)
+
+
+def test_mean_triplet_gradient_is_right_and_finite_where_sketch_and_photo_coincide() -> None:
+    def function(sketch: Tensor, photo: Tensor) -> Tensor:
+        return losses.mean_triplet(sketch, photo, PHOTO_OF, 0.3)
+
+    assert gradcheck(function, unit(5), unit(4, seed=1))
+    sketch = unit(3).requires_grad_()
+    backward(losses.mean_triplet(sketch, sketch.detach(), torch.arange(3), 3.0))
+    assert sketch.grad is not None
+    assert sketch.grad.isfinite().all()
+
+
+def test_mean_triplet_refuses_a_single_photo() -> None:
+    with pytest.raises(ValueError, match="two photos"):
+        losses.mean_triplet(unit(2), unit(1), torch.tensor([0, 0]), 0.3)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.integers(2, 6).flatmap(lambda p: st.tuples(st.just(p), st.lists(st.integers(0, p - 1)))))
 def test_the_negative_that_triplet_chooses_is_always_another_photo(
@@ -400,6 +428,63 @@ def test_sigma_keeps_above_its_floor_and_rho_within_its_limit() -> None:
     assert float(mix.rho.abs().max()) == pytest.approx(losses.RHO_LIMIT)
 
 
+def slow_redrawn(raw: Tensor, offset: Tensor, at: Tensor) -> list[float]:
+    """What ``raw`` draws with the numbers and the odds with which ``at`` drew ``offset``."""
+    count = len(raw) // 6
+    floor = math.log(losses.SIGMA_FLOOR)
+
+    def component(table: Tensor, k: int) -> tuple[float, ...]:
+        pi, mx, my, sx, sy, r = (float(table[i * count + k]) for i in range(6))
+        sigma_x, sigma_y = (math.exp(floor + math.log1p(math.exp(s - floor))) for s in (sx, sy))
+        return pi, mx, my, sigma_x, sigma_y, losses.RHO_LIMIT * math.tanh(r)
+
+    weights, moved = [], []
+    for k in range(count):
+        pi, mx, my, sigma_x, sigma_y, rho = component(at, k)
+        x = (float(offset[0]) - mx) / sigma_x
+        y = ((float(offset[1]) - my) / sigma_y - rho * x) / math.sqrt(1 - rho * rho)
+        area = sigma_x * sigma_y * math.sqrt(1 - rho * rho)
+        weights.append(math.exp(pi - (x * x + y * y) / 2) / area)
+        _, mx, my, sigma_x, sigma_y, rho = component(raw, k)
+        correlated = rho * x + math.sqrt(1 - rho * rho) * y
+        moved.append((mx + sigma_x * x, my + sigma_y * correlated))
+    return [
+        sum(w * m[axis] for w, m in zip(weights, moved, strict=True)) / sum(weights)
+        for axis in (0, 1)
+    ]
+
+
+def test_redrawn_offsets_are_those_that_were_drawn() -> None:
+    raw, offset = normal(4, 3, 18), 3 * normal(4, 3, 2, seed=1)
+    assert torch.allclose(losses.redrawn(losses.mixture(raw), offset), offset)
+
+
+def test_redrawn_offsets_move_as_draws_of_the_same_numbers_do() -> None:
+    raw, offset = normal(18), normal(2, seed=1)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda raw: losses.redrawn(losses.mixture(raw), offset), raw
+    )
+    step = 1e-6
+    for i in range(18):
+        there, back = raw.clone(), raw.clone()
+        there[i] += step
+        back[i] -= step
+        ahead, behind = slow_redrawn(there, offset, raw), slow_redrawn(back, offset, raw)
+        for axis in (0, 1):
+            slope = (ahead[axis] - behind[axis]) / (2 * step)
+            assert float(jacobian[axis, i]) == pytest.approx(slope, abs=1e-7)
+    assert bool((jacobian[:, :3] == 0).all())  # the odds are held fixed
+
+
+def test_an_outlier_is_redrawn_with_a_finite_gradient() -> None:
+    raw = torch.zeros(12, requires_grad=True)
+    value = losses.redrawn(losses.mixture(raw), torch.tensor([1e4, 0.0]))
+    backward(value)
+    assert value.tolist() == pytest.approx([1e4, 0.0])
+    assert raw.grad is not None
+    assert raw.grad.isfinite().all()
+
+
 def drawing(lengths: list[int], total: int, seed: int = 0) -> Tensor:
     """Stroke-5 rows: points, one end row each, and rubbish behind it."""
     rows = normal(len(lengths), total, 5, seed=seed)
@@ -502,50 +587,3 @@ def test_patch_bce_keeps_its_gradient_where_the_discriminator_is_sure_and_wrong(
 
 def test_patch_bce_gradient_is_right() -> None:
     assert gradcheck(lambda logit: losses.patch_bce(logit, 1.0), normal(2, 1, 2, 2))
-
-
-# --------------------------------------------------------------------------- policy gradient
-
-
-def test_reward_falls_with_the_retrieval_loss_and_rises_with_the_certainty() -> None:
-    retrieval = torch.tensor([0.5, 0.0], requires_grad=True)
-    value = losses.reward(retrieval, torch.tensor([0.2, 0.8]), 1.0, 2.0)
-    assert value.tolist() == pytest.approx([-0.1, 1.6])
-    assert not value.requires_grad
-
-
-def test_leave_one_out_is_the_mean_of_the_others() -> None:
-    reward = torch.tensor([1.0, 2.0, 6.0])
-    assert losses.leave_one_out(reward).tolist() == [4.0, 3.5, 1.5]
-    assert losses.leave_one_out(torch.tensor([3.0])).tolist() == [0.0]
-
-
-def test_policy_surrogate_equals_the_loop() -> None:
-    log_prob, rows = normal(3, 4), [4, 1, 2]
-    reward, baseline = normal(3, seed=1), normal(3, seed=2)
-    value = losses.policy_surrogate(log_prob, torch.tensor(rows), reward, baseline)
-    for b, count in enumerate(rows):
-        mean = sum(log_prob[b, :count].tolist()) / count
-        assert float(value[b]) == pytest.approx(-float(reward[b] - baseline[b]) * mean)
-
-
-def test_following_the_policy_surrogate_raises_the_expected_reward() -> None:
-    """Summed over all outcomes its gradient is that of -E[R], as REINFORCE claims."""
-    logit, reward = normal(4).requires_grad_(), normal(4, seed=1)
-    log_prob = logit.log_softmax(0)
-    one = torch.ones(4, dtype=torch.int64)
-    value = losses.policy_surrogate(log_prob[:, None], one, reward, torch.full((4,), 0.7))
-    (surrogate,) = torch.autograd.grad((log_prob.exp().detach() * value).sum(), logit)
-    (expected,) = torch.autograd.grad(-(logit.softmax(0) * reward).sum(), logit)
-    assert torch.allclose(surrogate, expected)
-
-
-def test_policy_surrogate_reaches_the_log_probabilities_alone() -> None:
-    log_prob = normal(2, 3).requires_grad_()
-    reward, baseline = normal(2).requires_grad_(), normal(2, seed=1).requires_grad_()
-    rows = torch.tensor([3, 2])
-    backward(losses.policy_surrogate(log_prob, rows, reward, baseline))
-    assert log_prob.grad is not None
-    assert float(log_prob.grad[1, 2]) == 0.0
-    assert reward.grad is None
-    assert baseline.grad is None

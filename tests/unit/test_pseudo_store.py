@@ -23,6 +23,7 @@ def row(number, seed=0, status="kept", reason="", certainty=0.5):
         "strokes": flatten(strokes),
         "certainty": certainty,
         "log_prob": -1.0,
+        "rank": 0,
         "points": sum(map(len, strokes)),
         "generator_version": 1,
         "generator_digest": "abc",

@@ -3,8 +3,8 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sbir_ray import plots, report
+from sbir_ray import plots
+from sbir_ray.certainty import Decile, certainty_deciles, pick_evenly
 from sbir_ray.data.pairs import PairSet
-from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.evaluate import Difference, Evaluation, Metrics, paired_difference, summarise
 from sbir_ray.report import (
     Curve,
-    Decile,
     PseudoExample,
     PseudoGallery,
     QueryExample,
@@ -28,9 +27,7 @@ from sbir_ray.report import (
     ReportData,
     Result,
     Timing,
-    certainty_deciles,
     headline,
-    pick_evenly,
     pick_queries,
     query_grid,
     render,
@@ -321,11 +318,25 @@ def test_deciles_divide_all_pairs_in_the_order_of_certainty(count: int, seed: in
     means = [d.certainty for d in deciles]
     assert means == sorted(means, reverse=True)
     assert max(d.count for d in deciles) - min(d.count for d in deciles) <= 1
+    for d, below in pairwise(deciles):
+        assert d.low <= d.certainty <= d.high
+        assert below.high <= d.low
 
 
 def test_no_pseudo_pairs_make_no_deciles() -> None:
     assert certainty_deciles([], []) == []
-    assert certainty_deciles([0.5], [1]) == [Decile(certainty=0.5, found=1.0, count=1)]
+    assert certainty_deciles([0.5], [1]) == [
+        Decile(certainty=0.5, low=0.5, high=0.5, count=1, found=1.0, found10=1.0, median_rank=1.0)
+    ]
+
+
+def test_a_decile_counts_the_first_and_the_first_ten() -> None:
+    low, high = np.linspace(0.1, 0.4, 10), np.linspace(0.9, 0.6, 10)
+    ranks = [11, 1, 50, 10, 2, 1, 12, 99, 1, 3, *[1] * 9, 10]
+    first, *_, last = certainty_deciles([*low, *high], ranks)
+    assert (first.count, first.found, first.found10, first.median_rank) == (2, 1.0, 1.0, 1.0)
+    assert (last.low, last.high) == pytest.approx((0.1, 0.1 + 0.3 / 9))
+    assert (last.found, last.found10, last.median_rank) == (0.5, 0.5, 6.0)
 
 
 def test_the_grid_shows_what_the_evaluation_found() -> None:
@@ -429,72 +440,3 @@ def test_a_curve_takes_its_colours_from_the_page() -> None:
     assert "viewBox" in svg[: svg.index(">")]
     assert not re.search(r"#0102|<style|metadata|DejaVu", svg)
     assert {f"var(--line-{i})" for i in range(1, 6)} <= set(re.findall(r"var\([\w-]+\)", svg))
-
-
-# --------------------------------------------------------------------------- a training run
-
-
-def make_run(run: Path) -> None:
-    run.mkdir()
-    record = {
-        "schema_version": 1,
-        "kind": "retrieval",
-        "config": {"seed": 3, "optim": {"lr": 0.1}},
-        "digest": "0123456789ab",
-        "versions": {"torch": "2"},
-        "inputs": {"pairs": "pairs"},
-        "status": "done",
-    }
-    (run / "run.json").write_text(json.dumps(record))
-    lines = [
-        {"kind": "step", "step": 1, "loss": 2.0, "seconds": 0.1},
-        {"kind": "step", "step": 2, "loss": 1.0, "pair_loss": 0.5, "seconds": 0.2},
-        {"kind": "evaluation", "step": 2, "acc@1": 0.25, "mean_rank": 4.0},
-    ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for split, share in (("test", 0.3), ("val", 0.5)):
-        values = {"metrics": metrics(share).to_json(), "per_query": []}
-        (run / f"evaluation-{split}.json").write_text(json.dumps(values))
-
-
-def test_the_report_of_a_run_has_its_evaluations_curves_and_settings(tmp_path: Path) -> None:
-    make_run(tmp_path / "run")
-    data = report.from_run(tmp_path / "run")
-    assert [(r.name, r.metrics) for r in data.results] == [
-        ("test", metrics(0.3)),
-        ("val", metrics(0.5)),
-    ]
-    assert [(c.name, list(c.steps), list(c.values)) for c in data.curves] == [
-        ("loss", [1, 2], [2.0, 1.0]),
-        ("pair_loss", [2], [0.5]),
-        ("acc@1", [2], [0.25]),
-    ]
-    page = render(data)
-    for text in ("optim.lr = 0.1", "0123456789ab", "test: 30.0% of 60 sketches"):
-        assert text in page
-
-
-def test_a_run_that_was_not_evaluated_has_no_report_yet(tmp_path: Path) -> None:
-    make_run(tmp_path / "run")
-    for file in (tmp_path / "run").glob("evaluation-*"):
-        file.unlink()
-    with pytest.raises(UserError, match="sbir-ray evaluate"):
-        report.from_run(tmp_path / "run")
-    with pytest.raises(UserError, match=r"run\.json"):
-        report.from_run(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("evaluation-test.json", "{"),
-        ("evaluation-test.json", '{"metrics": {"acc@1": 1}}'),
-        ("evaluation-test.json", "[]"),
-        ("metrics.jsonl", '{"kind": "step", "st'),
-    ],
-)
-def test_a_damaged_file_of_a_run_is_named(tmp_path: Path, name: str, text: str) -> None:
-    make_run(tmp_path / "run")
-    (tmp_path / "run" / name).write_text(text)
-    with pytest.raises(DamagedError, match=name):
-        report.from_run(tmp_path / "run")

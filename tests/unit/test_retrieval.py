@@ -59,6 +59,18 @@ def test_a_sketch_is_embedded_as_the_photo_of_its_black_lines_on_white() -> None
         assert torch.equal(net.embed_sketches(raster), net.embed_photos(photo))
 
 
+def test_a_raster_of_floats_is_embedded_as_that_of_bytes_and_takes_gradients() -> None:
+    net = small().eval()
+    source = torch.Generator().manual_seed(0)
+    raster = torch.randint(0, 256, (2, 64, 64), generator=source, dtype=torch.uint8)
+    ink = (raster.float() / 255).requires_grad_()
+    found = net.embed_sketches(ink)
+    torch.testing.assert_close(found, net.embed_sketches(raster), rtol=1e-4, atol=1e-5)
+    (grad,) = torch.autograd.grad(found[0, 0], ink)
+    assert grad[0].abs().max() > 0
+    assert not grad[1].any()
+
+
 def test_one_pass_gives_the_same_as_two() -> None:
     net = small().train()
     photo, raster = pictures(3)
@@ -135,6 +147,13 @@ def test_a_grid_finer_than_the_map_is_refused_with_what_to_set() -> None:
 def test_pictures_of_another_size_are_a_programming_error() -> None:
     with pytest.raises(AssertionError):
         small().embed_photos(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_pictures_of_another_type_are_a_programming_error() -> None:
+    with pytest.raises(AssertionError):
+        small().embed_photos(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(AssertionError):
+        small().embed_sketches(torch.zeros(1, 64, 64, dtype=torch.int64))
 
 
 def test_with_packaged_weights_a_drawn_shape_finds_its_filled_twin() -> None:

@@ -64,10 +64,10 @@ def test_a_ledger_survives_json(
 
 
 @pytest.mark.parametrize(
-    "change", [{"drawn": 4}, {"kept": 3}, {"lost": 1}, {"filtered": {"no-end": 2}}]
+    "change", [{"drawn": 4}, {"kept": 3}, {"lost": 1}, {"filtered": {"require_end": 2}}]
 )
 def test_a_changed_ledger_is_refused_by_file_name(change: dict[str, object]) -> None:
-    values = {"drawn": 3, "kept": 2, "filtered": {"no-end": 1}, "failed": {}, **change}
+    values = {"drawn": 3, "kept": 2, "filtered": {"require_end": 1}, "failed": {}, **change}
     with pytest.raises(DamagedError, match=r"^pseudo\.json: "):
         Ledger.from_json("pseudo", values, "pseudo.json")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sbir_ray.data import photos, trace
 from sbir_ray.errors import UserError
@@ -34,6 +35,7 @@ def test_contours_are_the_traced_photo():
     expected = trace.trace_photo(aligned(256, 1)[0])
     assert all(np.array_equal(a, b) for a, b in zip(drawn.strokes, expected, strict=True))
     assert (drawn.certainty, drawn.log_prob, drawn.ended) == (1.0, 0.0, True)
+    assert (drawn.rows, drawn.rank) == (0, 0)
 
 
 @pytest.mark.parametrize("name", ["contours", "edges"])
@@ -87,6 +89,17 @@ def test_a_generators_drawing_is_judged_by_its_discriminator(run):
     certainty = [d.certainty for d in drawn]
     assert all(0 < value < 1 for value in certainty)
     assert len(set(certainty)) == 5
+
+
+def test_a_generators_drawing_says_over_how_many_rows_its_log_probability_is(run):
+    sketcher = SketcherSpec(str(run), temperature=1.0).make()
+    pictures = aligned(sketcher.image_size)
+    photo_B3SS = torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())
+    drawings = sketcher.generator.draw(photo_B3SS, range(5), 1.0)
+    drawn = sketcher.draw(pictures, range(5))
+    assert [d.rows for d in drawn] == [len(d.rows) for d in drawings]
+    assert [d.log_prob for d in drawn] == [d.log_prob for d in drawings]
+    assert min(d.rows for d in drawn) > 1
 
 
 def test_a_generator_is_named_by_its_weights(run):

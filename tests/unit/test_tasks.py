@@ -14,9 +14,11 @@ from sbir_ray.data.pairs import PairSet, new_pairs
 from sbir_ray.errors import UserError
 from sbir_ray.runlog import Ledger, write_json_atomic
 from sbir_ray.stream.pseudo_store import PSEUDO_SCHEMA
-from sbir_ray.train import tasks
+from sbir_ray.train import retrieval_task
+from sbir_ray.train.job import Job
 from sbir_ray.train.ranks import Ranks
-from sbir_ray.train.tasks import Job, build
+from sbir_ray.train.retrieval_task import number_of
+from sbir_ray.train.tasks import build
 from tests.tiny import NO_CHANGE, generator_config, photo, retrieval_config, sketch, tiny_pairs
 
 CPU = torch.device("cpu")
@@ -45,6 +47,7 @@ def pseudo_folder(out, certainties, kept=True):
                 "strokes": strokes.flatten(sketch(20 + i)),
                 "certainty": certainty,
                 "log_prob": -1.0,
+                "rank": 0,
                 "points": strokes.count_points(sketch(20 + i)),
                 "generator_version": 1,
                 "generator_digest": "0" * 12,
@@ -52,14 +55,14 @@ def pseudo_folder(out, certainties, kept=True):
                 "round": 0,
                 "kept": kept,
                 "status": "kept" if kept else "filtered",
-                "reason": "" if kept else "certainty",
+                "reason": "" if kept else "min_certainty",
             }
         )
     (out / "round-0000").mkdir(parents=True)
     table = pa.Table.from_pylist(rows, PSEUDO_SCHEMA)
     pq.write_table(table, out / "round-0000" / "part-00000.parquet")
     ledger = Ledger("pseudo", len(rows))
-    ledger.add("kept" if kept else "filtered", "" if kept else "certainty", len(rows))
+    ledger.add("kept" if kept else "filtered", "" if kept else "min_certainty", len(rows))
     header = {"schema_version": 1, "kind": "pseudo", "sketcher": "x", "ledger": ledger.to_json()}
     write_json_atomic(out / "pseudo.json", header)
     return out
@@ -71,7 +74,7 @@ def test_photo_and_sketch_are_mirrored_together_for_retrieval(pairs):
     assert torch.equal(flipped.photo_bCSS, plain.photo_bCSS.flip(-1))
     differ = (flipped.sketch_bSS.int() - plain.sketch_bSS.flip(-1).int()).abs()
     assert differ.max() <= 2
-    assert flipped.photo_ids == plain.photo_ids
+    assert torch.equal(flipped.photo_id_b, plain.photo_id_b)
 
 
 def test_photo_and_sketch_are_mirrored_together_for_the_generator(pairs):
@@ -103,7 +106,7 @@ def test_training_never_opens_the_test_split(pairs, monkeypatch, kind):
         opened.append(split)
         return load(cls, folder, split, size)
 
-    monkeypatch.setattr(tasks.PairSet, "load", classmethod(recording))
+    monkeypatch.setattr(retrieval_task.PairSet, "load", classmethod(recording))
     config = retrieval_config() if kind == "retrieval" else generator_config()
     task = task_of(kind, config, pairs=pairs)
     task.batch(0)
@@ -116,11 +119,12 @@ def test_a_photo_that_comes_twice_in_a_batch_is_not_its_own_negative(tmp_path):
     few = tiny_pairs(tmp_path / "few", train=3)
     task = task_of("retrieval", retrieval_config(), pairs=few)
     batch = task.batch(0)
-    assert len(set(batch.photo_ids)) == 3
-    assert len(batch.photo_ids) == 4
+    ids = batch.photo_id_b.tolist()
+    assert len(set(ids)) == 3
+    assert len(ids) == 4
     rows = task._embed(task.model.eval(), batch)
     assert len(rows.photo_PD) == 3
-    twice = [i for i, name in enumerate(batch.photo_ids) if batch.photo_ids.count(name) == 2]
+    twice = [i for i, name in enumerate(ids) if ids.count(name) == 2]
     assert rows.photo_of_B[twice[0]] == rows.photo_of_B[twice[1]]
 
 
@@ -128,12 +132,17 @@ def test_pseudo_pairs_are_as_many_as_labelled_ones_and_carry_their_certainty(tmp
     folder = pseudo_folder(tmp_path / "pseudo", [0.1, 0.2, 0.3, 0.4, 0.5])
     task = task_of("retrieval", retrieval_config(), pairs=pairs, pseudo=folder)
     batch = task.batch(3)
-    assert batch.labelled_B.tolist() == [True] * 4 + [False] * 4
-    assert batch.certainty_B[:4].tolist() == [1.0] * 4
-    for name, certainty in zip(batch.photo_ids[4:], batch.certainty_B[4:].tolist(), strict=True):
-        assert certainty == pytest.approx(0.1 * (int(name) + 1))
+    assert batch.labelled == 4
+    assert len(batch.photo_id_b) == 8
+    assert batch.kept_b.all()
+    assert batch.certainty_b[:4].tolist() == [1.0] * 4
+    number = {number_of(f"{i:064d}"): i for i in range(5)}
+    for name, certainty in zip(
+        batch.photo_id_b[4:].tolist(), batch.certainty_b[4:].tolist(), strict=True
+    ):
+        assert certainty == pytest.approx(0.1 * (number[name] + 1))
     half = task_of("retrieval", retrieval_config(pseudo_share=0.5), pairs=pairs, pseudo=folder)
-    assert len(half.batch(3).photo_ids) == 6
+    assert len(half.batch(3).photo_id_b) == 6
     losses = task.losses(batch, 3)
     assert {"labelled", "pseudo", "certainty"} <= set(losses)
 

@@ -16,9 +16,9 @@ from sbir_ray import checkpoint
 from sbir_ray.config import OptimConfig
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.train import loop
+from sbir_ray.train.job import Job
 from sbir_ray.train.loop import fit, learning_rate
 from sbir_ray.train.ranks import Ranks
-from sbir_ray.train.tasks import Job
 from tests.tiny import generator_config, retrieval_config, tiny_pairs
 
 CPU = torch.device("cpu")
@@ -169,11 +169,11 @@ def test_a_batch_that_cannot_be_divided_is_refused(tmp_path, pairs):
 
 def test_the_rate_rises_and_falls_once():
     optim = OptimConfig(steps=100, lr=1e-3)
-    rates = [learning_rate(step, optim) for step in range(100)]
+    rates = [learning_rate(step, 100, optim) for step in range(100)]
     assert max(rates) == pytest.approx(1e-3, rel=1e-3)
     assert rates[0] == pytest.approx(4e-5)
     assert rates[-1] < 2e-6
     top = rates.index(max(rates))
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert learning_rate(50, OptimConfig(lr=1e-3, schedule="constant")) == 1e-3
+    assert learning_rate(50, 100, OptimConfig(lr=1e-3, schedule="constant")) == 1e-3

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import BrowserContext, Page, sync_playwright
 
+from sbir_ray.certainty import certainty_deciles
 from sbir_ray.evaluate import paired_difference, summarise
 from sbir_ray.report import (
     Curve,
@@ -20,11 +23,13 @@ from sbir_ray.report import (
     ReportData,
     Result,
     Timing,
-    certainty_deciles,
     write_report,
 )
+from sbir_ray.run_report import run_report
 from sbir_ray.runlog import Ledger
+from tests.joint_run import leave_exhibits, log_steps, make_joint_run
 
+Scheme = Literal["light", "dark"]
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -122,28 +127,80 @@ def report(tmp_path: Path) -> Path:
     return write_report(tmp_path / "out", data)
 
 
+@pytest.fixture
+def joint_report(tmp_path: Path) -> Path:
+    """Of a run of joint training, as it is written at its end but for an evaluation."""
+    run = make_joint_run(tmp_path / "run")
+    log_steps(run, 240)
+    leave_exhibits(run)
+    return write_report(run, run_report(run))
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_loads_alone_and_whole_and_fits_the_screen(
-    browser: BrowserContext, report: Path, scheme: str
+    browser: BrowserContext, report: Path, scheme: Scheme
 ) -> None:
-    page: Page = browser.new_page()
+    page = browser.new_page()
+    open_alone(page, report, scheme, images=3 * 5 + 1 + 6)
+    fits_the_screen(page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_of_a_joint_run_loads_alone_and_whole_and_fits_the_screen(
+    browser: BrowserContext, joint_report: Path, scheme: Scheme, tmp_path: Path
+) -> None:
+    page = browser.new_page()
+    open_alone(page, joint_report, scheme, images=12 + 4 * 6 + 24)
+    sections = page.evaluate("[...document.querySelectorAll('section')].map(s => s.id)")
+    assert sections == ["curves", "lessons", "looks", "pseudo", "stream", "again"]
+    fits_the_screen(page)
+    # On a telephone three of the five drawings of a photo are left, and they can be told apart.
+    page.set_viewport_size({"width": 320, "height": 800})
+    tiles = page.evaluate(
+        "[...document.querySelector('#lessons tbody tr').querySelectorAll('.tile')]"
+        ".map(t => t.getBoundingClientRect().width).filter(w => w > 0)"
+    )
+    assert len(tiles) == 4
+    assert min(tiles) > 55
+    # The looked-at line lies upon its photo.
+    over, under = page.evaluate(
+        "['svg', 'img'].map(tag => document.querySelector('#looks .tile ' + tag))"
+        ".map(e => e.getBoundingClientRect()).map(r => [r.x, r.y, r.width, r.height])"
+    )
+    assert over == pytest.approx(under, abs=0.5)
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.screenshot(path=tmp_path / "joint.png", full_page=True)
+    with Image.open(tmp_path / "joint.png") as picture:
+        assert picture.width == 1280
+        assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 1000
+
+
+def open_alone(page: Page, report: Path, scheme: Scheme, images: int) -> None:
+    """Open the report and see that it asks for nothing, says nothing, and has its pictures."""
     said: list[str] = []
     asked: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
-    page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    page.emulate_media(color_scheme=scheme)
     page.goto(report.as_uri())
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
 
     assert [url for url in asked if not url.startswith("data:")] == [report.as_uri()]
-    images = page.evaluate("[...document.images].map(i => [i.naturalWidth, i.alt])")
-    assert len(images) == 3 * 5 + 1 + 6
-    assert all(width > 0 and alt for width, alt in images)
+    found = page.evaluate("[...document.images].map(i => [i.naturalWidth, i.alt])")
+    assert len(found) == images
+    assert all(width > 0 and alt for width, alt in found)
     unnamed = "[...document.querySelectorAll('svg')].filter(s => !s.ariaHidden && !s.ariaLabel)"
     assert page.evaluate(f"{unnamed}.length") == 0
     captions = "[...document.querySelectorAll('table')].map(t => !!t.caption.textContent.trim())"
     assert all(page.evaluate(captions))
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (dark == "rgb(21, 22, 23)") == (scheme == "dark")
+    assert said == []
+
+
+def fits_the_screen(page: Page) -> None:
+    """Nothing sticks out at any width."""
     for width in (320, 375, 700, 900, 1100, 1280):
         page.set_viewport_size({"width": width, "height": 800})
         wide = page.evaluate(
@@ -153,12 +210,13 @@ def test_the_page_loads_alone_and_whole_and_fits_the_screen(
         )
         assert page.evaluate("document.documentElement.scrollWidth") <= width, (width, wide)
         assert wide == [], width
-    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (dark == "rgb(21, 22, 23)") == (scheme == "dark")
-    assert said == []
 
 
-def test_a_page_printed_from_the_dark_is_light(browser: BrowserContext, report: Path) -> None:
+@pytest.mark.parametrize("name", ["report", "joint_report"])
+def test_a_page_printed_from_the_dark_is_light(
+    browser: BrowserContext, name: str, request: pytest.FixtureRequest
+) -> None:
+    report: Path = request.getfixturevalue(name)
     page = browser.new_page()
     page.emulate_media(color_scheme="dark", media="print")
     page.goto(report.as_uri())

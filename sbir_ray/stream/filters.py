@@ -1,0 +1,218 @@
+"""Which drawings become pseudo pairs: thresholds, and the teacher's rank of the photo.
+
+Shapes: B photos with a drawing each, R reference photos, S the side of the teacher's pictures, D
+the length of an embedding. torch is loaded by the teacher alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sbir_ray.config import FilterConfig
+from sbir_ray.data.photos import align, decode_stored, read_store
+from sbir_ray.data.raster import rasterise
+from sbir_ray.data.strokes import Strokes, count_points
+from sbir_ray.errors import UserError
+from sbir_ray.stream.sketchers import Drawn, Sketcher
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sbir_ray.models.retrieval import RetrievalNet
+
+REFERENCES = 512
+"""Most photos among which a photo is ranked."""
+
+_INK_SIDE = 64
+_TIE = 1e-6
+"""Difference below which two cosines are the same: rounding of float32 sums."""
+_GPU_BATCH = 64
+
+
+def filter_reason(drawn: Drawn, filters: FilterConfig) -> str:
+    """The first setting by which a drawing is left out, or "" if it is kept.
+
+    A certainty or log-probability that is not a number is below every least one.
+    """
+    points, strokes = count_points(drawn.strokes), len(drawn.strokes)
+    ink = _ink(drawn.strokes) if filters.min_ink > 0 or filters.max_ink < 1 else 0.0
+    met = {
+        "min_certainty": drawn.certainty >= filters.min_certainty,
+        "min_log_prob": not drawn.rows or drawn.log_prob / drawn.rows >= filters.min_log_prob,
+        "require_end": drawn.ended or not filters.require_end,
+        "min_points": points >= filters.min_points,
+        "max_points": points <= filters.max_points,
+        "min_strokes": strokes >= filters.min_strokes,
+        "max_strokes": strokes <= filters.max_strokes,
+        "min_ink": ink >= filters.min_ink,
+        "max_ink": ink <= filters.max_ink,
+        "max_rank": not filters.max_rank or drawn.rank <= filters.max_rank,
+    }
+    return next((name for name, holds in met.items() if not holds), "")
+
+
+def refuse_without_effect(
+    filters: FilterConfig, sketcher: Sketcher, teacher: Path | None, photos: int
+) -> None:
+    """Refuse settings that no drawing of this sketcher can fail.
+
+    Args:
+        teacher: RUN folder of the network that ranks, if there is one.
+        photos: number of photos that are drawn.
+
+    Raises:
+        UserError: the setting, why it has no effect, and what to do.
+    """
+    name, last = sketcher.name, min(photos, REFERENCES + 1)
+    if filters.min_certainty > 0 and not sketcher.judged:
+        raise UserError(
+            f"filters.min_certainty={filters.min_certainty:g}: {name} has no discriminator, so all "
+            "certainties are 1; leave it at 0"
+        )
+    if filters.min_log_prob != FilterConfig().min_log_prob and not sketcher.generative:
+        raise UserError(
+            f"filters.min_log_prob={filters.min_log_prob:g}: {name} draws without chance, so there "
+            "is no log-probability; leave it out"
+        )
+    if filters.require_end and not sketcher.generative:
+        raise UserError(f"filters.require_end=true: {name} always ends; leave it at false")
+    if filters.max_rank > 0 and teacher is None:
+        raise UserError(
+            f"filters.max_rank={filters.max_rank}: ranks are a teacher's; give --teacher RUN"
+        )
+    if filters.max_rank == 0 and teacher is not None:
+        raise UserError(
+            f"--teacher {teacher}: ranks nothing; set filters.max_rank, for example to 20"
+        )
+    if filters.max_rank >= last:
+        raise UserError(
+            f"filters.max_rank={filters.max_rank}: no rank is above {last} here; set less"
+        )
+
+
+def _ink(strokes: Strokes) -> float:
+    return float((rasterise([strokes], _INK_SIDE) > 127).mean())
+
+
+# --------------------------------------------------------------------------- the teacher
+
+
+class TeacherRanker:
+    """How near photos are to their drawings, beside other photos, by a retrieval network.
+
+    Args:
+        model: the teacher, in evaluation mode.
+        reference_photos: (R, 3, S, S) the other photos, aligned at the teacher's image size.
+    """
+
+    def __init__(self, model: RetrievalNet, reference_photos: NDArray[np.uint8]) -> None:
+        self.model = model
+        self.image_size = model.config.image_size
+        self.device = next(model.parameters()).device
+        self.reference_RD = self._embed(model.embed_photos, reference_photos)
+        self.places: dict[bytes, list[int]] = defaultdict(list)
+        """Where a photo is among the reference photos, by its pixels."""
+        for place, photo_3SS in enumerate(reference_photos):
+            self.places[_identity(photo_3SS)].append(place)
+
+    def rank(self, photos_B3SS: NDArray[np.uint8], sketches: Sequence[Strokes]) -> list[int]:
+        """The rank of each photo for its own drawing, 1 to R + 1.
+
+        1 + the number of reference photos, other than the photo itself, that are at least as near
+        to the drawing. It does not depend on the other rows of the batch.
+
+        Args:
+            photos_B3SS: aligned at the teacher's image size.
+            sketches: B of them, canonical.
+        """
+        photo_BD = self._embed(self.model.embed_photos, photos_B3SS)
+        sketch_BD = self._embed(self.model.embed_sketches, rasterise(sketches, self.image_size))
+        found: list[int] = []
+        for photo_3SS, photo_D, sketch_D in zip(photos_B3SS, photo_BD, sketch_BD, strict=True):
+            further_R = self.reference_RD @ sketch_D < sketch_D @ photo_D - _TIE
+            nearer_R = (~further_R).cpu().numpy()  # as is what cannot be compared
+            nearer_R[self.places.get(_identity(photo_3SS), [])] = False
+            found.append(1 + int(nearer_R.sum()))
+        return found
+
+    def _embed(self, network: Callable[[Tensor], Tensor], pictures: NDArray[np.uint8]) -> Tensor:
+        """Embeddings (N, D) of length one."""
+        import torch
+
+        # Copied, since what comes from Ray cannot be written to, of which torch would warn.
+        picture_N = torch.tensor(pictures)
+        # One at a time on a CPU, where a batch is no faster and may round differently.
+        at_once = _GPU_BATCH if self.device.type == "cuda" else 1
+        with torch.inference_mode():
+            groups = picture_N.split(at_once)
+            return torch.cat([network(group.to(self.device)) for group in groups])
+
+
+def _identity(photo_3SS: NDArray[np.uint8]) -> bytes:
+    return hashlib.sha256(photo_3SS.tobytes()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class RankerSpec:
+    """How to make a ranker, in any process."""
+
+    run: Path
+    """RUN folder of the teacher, absolute."""
+    digest: str
+    """Of the teacher's weights."""
+    image_size: int
+    """Side at which the teacher wants its photos aligned, pixels."""
+    device: str = "cpu"
+    threads: int = 1
+    """CPU threads of the teacher."""
+
+    @classmethod
+    def of_run(cls, run: Path, device: str = "cpu", threads: int = 1) -> RankerSpec:
+        """The spec of a run's retrieval network.
+
+        Raises:
+            UserError: not the run of a retrieval network.
+            DamagedError: a run without a whole checkpoint.
+        """
+        from sbir_ray.runs import load_retrieval
+
+        trained = load_retrieval(run)
+        # Actors run in other folders.
+        size = trained.model.config.image_size
+        return cls(run.absolute(), trained.digest, size, device, threads)
+
+    def make(self, reference_photos: NDArray[np.uint8]) -> TeacherRanker:
+        """The ranker among these photos (R, 3, S, S); raises as :meth:`of_run`."""
+        import torch
+
+        from sbir_ray.runs import load_retrieval
+
+        torch.set_num_threads(self.threads)
+        return TeacherRanker(load_retrieval(self.run).model.to(self.device), reference_photos)
+
+
+def reference_photos(photos: Path, image_size: int) -> NDArray[np.uint8]:
+    """(R, 3, S, S) the first photos of a store in the order of their ids, aligned; at most
+    :data:`REFERENCES`, and none that is damaged.
+
+    Raises:
+        UserError: not a photo store.
+    """
+    first = heapq.nsmallest(REFERENCES, read_store(photos), key=lambda row: row["photo_id"])
+    aligned = []
+    for row in first:
+        try:
+            rgb = decode_stored(row["image"])
+        except (OSError, SyntaxError, ValueError):  # a failed row of its own when it is drawn
+            continue
+        aligned.append(align(rgb, image_size).transpose(2, 0, 1))
+    return np.array(aligned, np.uint8).reshape(-1, 3, image_size, image_size)

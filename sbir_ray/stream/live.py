@@ -1,0 +1,567 @@
+"""The live stream: generators draw unlabelled photos while learners train on what they drew.
+
+One long Ray Data pipeline in an actor of its own: a task counts batches as the exchange grants
+them, tasks read the photos of a batch, a pool of actors draws them with the newest weights, and the
+exchange hands each batch to the learner that asks first. A learner that is slow, waits for others
+or draws most of its rows in vain takes nothing from the others, as an even split would.
+
+What dies is started again by Ray, and its batches are made again, the same but for newer weights:
+a batch follows from its number alone. A batch that kills its process is given up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from numpy.typing import NDArray
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.exceptions import RayError
+
+from sbir_ray.config import StreamConfig
+from sbir_ray.errors import SbirError, UserError
+from sbir_ray.stream.attempts import KILLED, LIMIT
+from sbir_ray.stream.cluster import ensure_fits, quiet_data
+from sbir_ray.stream.exchange import Exchange, Fate
+from sbir_ray.stream.filters import RankerSpec, reference_photos
+from sbir_ray.stream.live_photos import TicketPhoto, TicketPhotos
+from sbir_ray.stream.live_rows import (
+    Failed,
+    LiveRow,
+    LiveSketcher,
+    decode_photos,
+    decode_rows,
+    encode_photos,
+    encode_rows,
+    ticket_seed,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SPARE_CPUS = 0.5
+"""CPUs that the stream takes beside its generators', at most."""
+
+_SOURCE_CPUS = 0.1
+_READERS = 4
+_PATIENCE = 2.0
+"""Seconds after which a call that waits is made again."""
+_CLOSING = 20.0
+_MAX_FAILED = 64
+"""Rows that may fail one after another before it is not the photos."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSpec:
+    """What a live stream draws, and how: plain values, so that it travels."""
+
+    photos: Path
+    """PHOTOS folder."""
+    generator: Path
+    """RUN folder whose generator, and discriminator if it has one, draw until newer weights are
+    published."""
+    stream: StreamConfig
+    samples: int
+    """Drawings of each photo for the policy gradient."""
+    sides: tuple[int, ...]
+    """Sides of the photos that the learners need, pixels."""
+    seed: int
+    ranker: RankerSpec | None = None
+    """Ranks each photo among others of the store for its drawing."""
+    device: str = "cpu"
+    threads: int = 1
+    """CPU threads of a generator."""
+
+    def make(self, references: NDArray[np.uint8] | None) -> LiveSketcher:
+        """What draws, with the weights of the run.
+
+        Args:
+            references: (R, 3, S, S) photos for the ranker, if there is one.
+
+        Raises:
+            UserError: not the run of a generator.
+            DamagedError: a run without a whole checkpoint.
+        """
+        import torch
+
+        from sbir_ray.runs import load_discriminator, load_generator
+
+        torch.set_num_threads(self.threads)
+        generator = load_generator(self.generator).model.to(self.device)
+        judge = load_discriminator(self.generator)
+        ranker = None
+        if self.ranker is not None:
+            assert references is not None
+            ranker = self.ranker.make(references)
+        discriminator = None if judge is None else judge.model.to(self.device)
+        return LiveSketcher(generator, discriminator, self.stream, self.samples, ranker)
+
+
+# --------------------------------------------------------------------------- the pipeline
+
+# Each block that travels is one row: the number of a batch, and the batch as bytes.
+_BLOCK = pa.schema([("number", pa.int64()), ("rows", pa.binary())])
+
+
+def _block(number: int, rows: bytes) -> pa.Table:
+    return pa.table({"number": [number], "rows": [rows]}, schema=_BLOCK)
+
+
+def count_batches(_: pa.Table, exchange: Any) -> Iterator[pa.Table]:
+    """Task: numbers of batches, as they are granted, until the stream is closed."""
+    granted = 0
+    for number in itertools.count():
+        while granted <= number:
+            granted = ray.get(exchange.take.remote(number, _PATIENCE))
+            if granted < 0:
+                return
+        yield _block(number, b"")
+
+
+def read_batch(block: pa.Table, spec: StreamSpec, sides: tuple[int, ...], first: int) -> pa.Table:
+    """Task: the photos of a batch."""
+    number = block["number"][0].as_py()
+    start = first + number * spec.stream.batch_size
+    store = _store(spec.photos, spec.seed, sides)
+    return _block(number, encode_photos(store.read(range(start, start + spec.stream.batch_size))))
+
+
+@lru_cache(maxsize=1)
+def _store(folder: Path, seed: int, sides: tuple[int, ...]) -> TicketPhotos:
+    return TicketPhotos(folder, seed, sides)
+
+
+class DrawActor:
+    """Actor: draws batches with the newest weights; a photo that cannot be drawn is a failed row.
+
+    Args:
+        references: reference to the ranker's photos, in a list; or [].
+    """
+
+    def __init__(self, spec: StreamSpec, exchange: Any, references: list[Any]) -> None:
+        self.spec, self.exchange = spec, exchange
+        self.sketcher = spec.make(ray.get(references[0]) if references else None)
+        self.serial = 0
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """The rows of a batch for its photos; no block when the stream is closed."""
+        number = block["number"][0].as_py()
+        begun = ray.get(self.exchange.begin.remote(number, self.serial))
+        if begun is None:
+            return block.slice(0, 0)
+        photos = decode_photos(block["rows"][0].as_buffer())
+        if begun.tries > LIMIT:
+            text = f"{begun.tries - 1} processes ended while they drew its batch"
+            rows: list[LiveRow | Failed] = [
+                Failed(photo.ticket, photo.photo_id, KILLED, text) for photo in photos
+            ]
+        else:
+            if begun.weights:
+                self._renew(begun)
+            rows = self._draw(photos)
+        return _block(number, encode_rows(rows, self.spec.sides))
+
+    def _renew(self, begun: Any) -> None:
+        try:
+            weights = ray.get(begun.weights[0])
+        except RayError:  # their learner died: another one will publish
+            return
+        self.sketcher.load(begun.version, weights)
+        self.serial = begun.serial
+
+    def _draw(self, photos: list[TicketPhoto]) -> list[LiveRow | Failed]:
+        """All at once; one by one if that raised."""
+        whole = [photo for photo in photos if not photo.fault]
+        found: dict[int, LiveRow | Failed] = {
+            photo.ticket: Failed(photo.ticket, photo.photo_id, "damaged-photo", photo.fault)
+            for photo in photos
+            if photo.fault
+        }
+        try:
+            found |= self._drawn(whole)
+        except Exception:  # whose fault it is shows when they are drawn one by one
+            for photo in whole:
+                try:
+                    found |= self._drawn([photo])
+                except Exception as error:  # any fault costs its own row alone, and is told
+                    reason = f"error-{type(error).__name__}"
+                    found[photo.ticket] = Failed(
+                        photo.ticket, photo.photo_id, reason, _one_line(error)
+                    )
+        return [found[photo.ticket] for photo in photos]
+
+    def _drawn(self, photos: list[TicketPhoto]) -> dict[int, LiveRow | Failed]:
+        rows = self.sketcher.draw(
+            [photo.ticket for photo in photos],
+            [photo.photo_id for photo in photos],
+            [photo.photos for photo in photos],
+            [ticket_seed(self.spec.seed, photo.ticket) for photo in photos],
+        )
+        empty = "nothing-to-draw"
+        return {
+            row.ticket: row
+            if row.drawn.strokes
+            else Failed(row.ticket, row.photo_id, empty, "the drawing has no stroke")
+            for row in rows
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What the pipeline is made of."""
+
+    spec: StreamSpec
+    read_sides: tuple[int, ...]
+    references: list[Any]
+    pool: ActorPoolStrategy
+    cpus: float
+    gpus: float
+
+
+class StreamActor(Exchange):
+    """Actor: the exchange, and the pipeline that it grants batches to."""
+
+    def start(self, plan: _Plan) -> None:
+        """Begin to draw."""
+        self._thread = threading.Thread(target=self._run, args=(plan,), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Let the pipeline end, and wait for that a while."""
+        self.end("the live stream was closed")
+        self._thread.join(_CLOSING)
+
+    def _run(self, plan: _Plan) -> None:
+        try:
+            for bundle in self._dataset(plan).iter_internal_ref_bundles():
+                for entry in bundle.blocks:
+                    if entry.metadata.num_rows:
+                        self.deliver([entry.ref])
+            self.end("the live stream ended")
+        except Exception as error:  # the learners have to be told, whatever it is
+            self.end(f"the live stream broke down: {_one_line(_cause(error))}")
+
+    def _dataset(self, plan: _Plan) -> ray.data.Dataset:
+        quiet_data()
+        context = DataContext.get_current()
+        # Each block goes on as soon as it is there; Ray Data would gather 128 MB of them first.
+        # More than a row of it does not split, and a row is a batch.
+        context.target_max_block_size = 1
+        # Learners may pause for as long as they like.
+        context.execution_no_progress_timeout_s = -1
+        exchange = ray.get_runtime_context().current_actor
+        spec = plan.spec
+        tables: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+        return (
+            ray.data.from_arrow([_block(0, b"")])
+            .map_batches(
+                cast(Any, count_batches),
+                num_cpus=_SOURCE_CPUS,
+                compute=TaskPoolStrategy(size=1),
+                fn_kwargs={"exchange": exchange},
+                **tables,
+            )
+            .map_batches(
+                cast(Any, read_batch),
+                num_cpus=_SOURCE_CPUS,
+                compute=TaskPoolStrategy(size=min(_READERS, plan.pool.max_size)),
+                # One byte: a demand of its own keeps Ray Data from joining the readers with the
+                # stage before them or behind them.
+                memory=1,
+                fn_kwargs={"spec": spec, "sides": plan.read_sides, "first": self.first},
+                **tables,
+            )
+            .map_batches(
+                cast(Any, DrawActor),
+                num_cpus=plan.cpus,
+                num_gpus=plan.gpus,
+                compute=plan.pool,
+                fn_constructor_kwargs={
+                    "spec": spec,
+                    "exchange": exchange,
+                    "references": plan.references,
+                },
+                **tables,
+            )
+        )
+
+
+class LiveStream:
+    """A live stream, for the length of a ``with`` block. Needs a Ray that is up.
+
+    Args:
+        rows_per_step: rows that all learners together use in a step.
+        world: learners.
+        first: ticket to begin with; those before it were drawn by an earlier stream.
+        actors: least and most generators.
+        cpus_per_actor, gpus_per_actor: of each; a GPU may be shared.
+
+    Raises:
+        UserError: the store or the run cannot be used, the actors do not fit into the cluster.
+        DamagedError: a run without a whole checkpoint.
+    """
+
+    def __init__(
+        self,
+        spec: StreamSpec,
+        *,
+        rows_per_step: int,
+        world: int,
+        first: int = 0,
+        actors: tuple[int, int] = (1, 1),
+        cpus_per_actor: float = 1.0,
+        gpus_per_actor: float = 0.0,
+    ) -> None:
+        least, most = actors
+        if not 1 <= least <= most:
+            raise UserError(f"--actors {least}:{most}: the least is 1, and not more than the most")
+        room = ensure_fits(
+            cpus_per_actor, gpus_per_actor, least, what="--actors", spare_cpus=SPARE_CPUS
+        )
+        # Actors run in other folders.
+        spec = dataclasses.replace(
+            spec, photos=spec.photos.absolute(), generator=spec.generator.absolute()
+        )
+        references = None
+        if spec.ranker is not None:
+            references = reference_photos(spec.photos, spec.ranker.image_size)
+        # Here too, so that what is wrong is said at once. The driver need not have a GPU.
+        author = _on_cpu(spec).make(references)
+        sides = tuple(sorted({*spec.sides, *author.sides}))
+        TicketPhotos(spec.photos, spec.seed, sides)
+        batch = spec.stream.batch_size
+        # With a batch for each learner and one on its way, none waits for rows that another has.
+        window = max(world + 1, math.ceil(spec.stream.window * rows_per_step / batch))
+        plan = _Plan(
+            spec=spec,
+            read_sides=sides,
+            references=[] if references is None else [ray.put(references)],
+            # All at once: Ray Data would add them one by one, each after some seconds.
+            pool=ActorPoolStrategy(
+                min_size=least,
+                max_size=most,
+                initial_size=min(most, room),
+                max_tasks_in_flight_per_actor=2,
+            ),
+            cpus=cpus_per_actor,
+            gpus=gpus_per_actor,
+        )
+        # Calls that wait take a thread each: the source's, and one of each learner's process, of
+        # which an earlier one's may wait on for a moment after its death.
+        self._actor: Any = (
+            ray.remote(StreamActor)
+            .options(num_cpus=0, max_concurrency=16 + 2 * world)
+            .remote(window, batch, first)
+        )
+        ray.get(self._actor.start.remote(plan))
+        self.shards = [Shard(self._actor, rank, spec.stream.wait_limit) for rank in range(world)]
+        """The learners' ends, by rank; they travel."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def ledger(self) -> dict[str, Any]:
+        """The account so far, of kind ``live``."""
+        found: dict[str, Any] = ray.get(self._actor.ledger.remote())
+        return found
+
+    def close(self) -> None:
+        """End all processes of the stream."""
+        try:
+            ray.get(self._actor.close.remote())
+        except RayError:  # it is dead already
+            return
+        # What it has not ended by itself dies with it, its owner.
+        ray.kill(self._actor)
+
+
+# --------------------------------------------------------------------------- the learners
+
+
+class Shard:
+    """A learner's end of a live stream. It travels until it is first used.
+
+    Args:
+        actor: the :class:`StreamActor`.
+        wait_limit: seconds that :meth:`next` waits.
+    """
+
+    def __init__(self, actor: Any, rank: int, wait_limit: float) -> None:
+        self.actor, self.rank, self.wait_limit = actor, rank, wait_limit
+        self.waited = 0.0
+        """Seconds that the learner has waited for rows."""
+        self._reader: _Reader | None = None
+        self._publisher: ThreadPoolExecutor | None = None
+        self._publishing: Future[None] | None = None
+
+    def next(self) -> LiveRow:
+        """The next row.
+
+        Raises:
+            SbirError: none came for ``wait_limit`` seconds, or none will come.
+        """
+        if self._reader is None:
+            self._reader = _Reader(self.actor, self.rank)
+        began = time.monotonic()
+        try:
+            item = self._reader.rows.get(timeout=self.wait_limit)
+        except queue.Empty:
+            raise SbirError(
+                f"no pseudo sketch came for {self.wait_limit:g} s (stream.wait_limit): check the "
+                "generator actors, whether they fit beside the workers, and their logs"
+            ) from None
+        finally:
+            self.waited += time.monotonic() - began
+        if isinstance(item, SbirError):
+            self._reader.rows.put(item)
+            raise item
+        return item
+
+    def account(self, fates: Mapping[int, Fate]) -> None:
+        """Say what became of rows, by ticket: ``("used", "")``, ``("filtered", reason)`` or
+        ``("stale", "")``. Each row needs one fate; a second one does not count."""
+        self.actor.account.remote(dict(fates))
+
+    def publish(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+        """Give the generators newer weights (:func:`live_rows.published`).
+
+        Copies them and returns; they are sent in the background, one publication after another.
+
+        Raises:
+            SbirError: the publication before this one failed.
+        """
+        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        if self._publisher is None:
+            self._publisher = ThreadPoolExecutor(1)
+        if self._publishing is not None:
+            self._publishing.result()
+        self._publishing = self._publisher.submit(self._send, version, copied)
+
+    def ledger(self) -> dict[str, Any]:
+        """The account of the whole stream so far, of kind ``live``."""
+        found: dict[str, Any] = ray.get(self.actor.ledger.remote())
+        return found
+
+    def close(self) -> None:
+        """Ask for no more rows, and finish what is being published."""
+        if self._reader is not None:
+            self._reader.close()
+        if self._publisher is not None:
+            self._publisher.shutdown()
+
+    def _send(self, version: int, weights: dict[str, Tensor]) -> None:
+        try:
+            # As arrays, which need not be copied out of the object store to be read.
+            reference = ray.put({name: tensor.numpy() for name, tensor in weights.items()})
+            ray.get(self.actor.publish.remote(version, [reference]))
+        except RayError as error:
+            raise SbirError(f"generator weights could not be published: {_one_line(error)}") from (
+                error
+            )
+
+
+class _Reader:
+    """A thread that fetches batches and takes them apart, a batch at a time."""
+
+    def __init__(self, actor: Any, rank: int) -> None:
+        self.actor, self.rank = actor, rank
+        # So few that the next batch is asked for when the learner is at the last rows of this one.
+        self.rows: queue.Queue[LiveRow | SbirError] = queue.Queue(maxsize=2)
+        self._stopped = threading.Event()
+        self._failed: Counter[str] = Counter()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            session = ray.get(self.actor.attach.remote(self.rank))
+            while not self._stopped.is_set():
+                given = ray.get(self.actor.give.remote(self.rank, session, _PATIENCE))
+                if given.trouble:
+                    raise SbirError(given.trouble)
+                if given.batch:
+                    self._take_apart(ray.get(given.batch[0]), session)
+        except SbirError as error:
+            self._put(error)
+        except Exception as error:  # has to reach the learner, whatever it is
+            self._put(SbirError(f"the live stream broke down: {_one_line(_cause(error))}"))
+
+    def _take_apart(self, block: pa.Table, session: int) -> None:
+        number = block["number"][0].as_py()
+        if not ray.get(self.actor.opened.remote(self.rank, session, number)):
+            return
+        failed: dict[int, Fate] = {}
+        rows = decode_rows(block["rows"][0].as_buffer())
+        for row in rows:
+            if isinstance(row, Failed):
+                failed[row.ticket] = ("filtered", row.reason)
+                self._failed[f"{row.reason} ({row.detail})"] += 1
+        if failed:
+            self.actor.account.remote(failed)
+        if len(failed) < len(rows):
+            self._failed.clear()
+        elif self._failed.total() >= _MAX_FAILED:
+            text, count = self._failed.most_common(1)[0]
+            raise SbirError(
+                f"the last {self._failed.total()} photos could not be drawn, {count} of them by "
+                f"{text}"
+            )
+        for row in rows:
+            if isinstance(row, LiveRow):
+                self._put(row)
+
+    def _put(self, item: LiveRow | SbirError) -> None:
+        while not self._stopped.is_set():
+            try:
+                self.rows.put(item, timeout=_PATIENCE / 4)
+                return
+            except queue.Full:
+                continue
+
+
+# --------------------------------------------------------------------------- helpers
+
+
+def _on_cpu(spec: StreamSpec) -> StreamSpec:
+    ranker = None if spec.ranker is None else dataclasses.replace(spec.ranker, device="cpu")
+    return dataclasses.replace(spec, device="cpu", ranker=ranker)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error that Ray's errors are about."""
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    return error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,0 +1,149 @@
+"""Accuracy over several training runs, and how far it can be trusted: seeds and photos.
+
+Shapes: S training runs (seeds), Q queries, P photos that they are of, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sbir_ray.evaluate import RESAMPLES
+
+Floats = NDArray[np.float64]
+
+PLACES = (1, 5, 10)
+"""The k of acc@k."""
+NAMES = tuple(f"acc@{k}" for k in PLACES)
+METHOD = (
+    "Intervals: 95%, percentile bootstrap over training runs (seeds) and test photos at once; the "
+    "runs' deviations are widened by sqrt(S / (S - 1)), S runs, since so few resample too "
+    "narrowly. With one run they cover the choice of photos alone."
+)
+"""How the intervals come about, for people."""
+_BLOCK = 1 << 22
+"""Numbers held at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """How each query of one trained network did."""
+
+    photos: Sequence[str]
+    """(Q,) the photo that each query is of, which is resampled with all its queries."""
+    ranks: Sequence[int]
+    """(Q,) of that photo, from 1."""
+    gallery: int
+    """Photos searched."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values under the names of the fields."""
+        return {"photos": list(self.photos), "ranks": list(self.ranks), "gallery": self.gallery}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Found:
+        """The inverse of :meth:`to_json`."""
+        return cls(values["photos"], values["ranks"], int(values["gallery"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, Any]:
+        """``mean`` and ``ci95`` [low, high]."""
+        return {"mean": self.mean, "ci95": [self.low, self.high]}
+
+
+def accuracy(runs: Sequence[Found]) -> dict[str, Estimate]:
+    """acc@1, acc@5 and acc@10, the mean over the runs, each within [0, 1].
+
+    Raises:
+        ValueError: no runs, or runs with other queries.
+    """
+    photos = _common(runs)
+    return {
+        name: _estimate(np.stack([_hits(run, k) for run in runs]), photos, least=0.0)
+        for name, k in zip(NAMES, PLACES, strict=True)
+    }
+
+
+def difference(runs: Sequence[Found], others: Sequence[Found]) -> dict[str, Estimate]:
+    """acc@k of ``runs`` minus that of ``others``, run by run on the same queries.
+
+    What makes a photo easy, or a split of the labels lucky, for both, cancels out.
+
+    Args:
+        others: the run of the same seed for each of ``runs``.
+
+    Raises:
+        ValueError: as :func:`accuracy`, or not as many runs.
+    """
+    if len(runs) != len(others):
+        raise ValueError(f"{len(runs)} runs and {len(others)} to compare them with")
+    photos = _common([*runs, *others])
+    return {
+        name: _estimate(
+            np.stack([_hits(a, k) - _hits(b, k) for a, b in zip(runs, others, strict=True)]),
+            photos,
+            least=-1.0,
+        )
+        for name, k in zip(NAMES, PLACES, strict=True)
+    }
+
+
+def shares(run: Found) -> dict[str, float]:
+    """acc@k of one run."""
+    return {name: float(_hits(run, k).mean()) for name, k in zip(NAMES, PLACES, strict=True)}
+
+
+def chance(gallery: int) -> dict[str, float]:
+    """acc@k of a random order of the gallery."""
+    return {name: min(1.0, k / gallery) for name, k in zip(NAMES, PLACES, strict=True)}
+
+
+def _hits(run: Found, k: int) -> Floats:
+    return (np.asarray(run.ranks) <= k).astype(np.float64)
+
+
+def _common(runs: Sequence[Found]) -> Sequence[str]:
+    if not runs or not len(runs[0].photos):
+        raise ValueError("no runs, or no queries")
+    if any(list(run.photos) != list(runs[0].photos) for run in runs):
+        raise ValueError("the runs are not of the same queries")
+    return runs[0].photos
+
+
+def _estimate(value_SQ: Floats, photos: Sequence[str], least: float) -> Estimate:
+    mean = float(value_SQ.mean())
+    drawn = np.concatenate(list(_resampled(value_SQ, photos)))
+    low, high = np.percentile(np.clip(drawn, least, 1.0), [2.5, 97.5])
+    return Estimate(mean, float(low), float(high))
+
+
+def _resampled(value_SQ: Floats, photos: Sequence[str], seed: int = 0) -> Iterator[Floats]:
+    """Blocks (R,) of the mean over resampled runs and photos."""
+    names, photo_of_Q = np.unique(np.asarray(photos), return_inverse=True)
+    count_P = np.bincount(photo_of_Q).astype(np.float64)
+    sum_SP = np.stack([np.bincount(photo_of_Q, weights=value_Q) for value_Q in value_SQ])
+    runs = len(value_SQ)
+    widen = math.sqrt(runs / (runs - 1)) if runs > 1 else 0.0
+    rng = np.random.default_rng(seed)
+    step = max(1, _BLOCK // len(names))
+    for start in range(0, RESAMPLES, step):
+        size = min(step, RESAMPLES - start)
+        photo_RP = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size)
+        run_RS = rng.multinomial(runs, np.full(runs, 1 / runs), size)
+        mean_RS = (photo_RP @ sum_SP.T) / (photo_RP @ count_P)[:, None]
+        middle_R = mean_RS.mean(axis=1)
+        chosen_R = (run_RS * mean_RS).sum(axis=1) / runs
+        yield middle_R + widen * (chosen_R - middle_R)

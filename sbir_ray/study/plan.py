@@ -1,0 +1,320 @@
+"""What has to be trained for the rows of a study: each training once, whoever needs it.
+
+A row is a variant of the joint training that everything else is kept from: data, networks, losses,
+augmentation, optimiser, batch, and the number of F's updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from sbir_ray.config import (
+    FilterConfig,
+    JointTraining,
+    OptimConfig,
+    RetrievalTraining,
+    ScheduleConfig,
+    SketchConfig,
+    digest,
+    to_dict,
+)
+from sbir_ray.data.pairs import Split
+from sbir_ray.errors import UserError
+from sbir_ray.study.data import Cell
+from sbir_ray.study.work import Draw, Measure, Train, Work
+from sbir_ray.train.job import Config, Job
+from sbir_ray.train.tasks import generator_jobs
+
+How = Literal["supervised", "negatives", "contours", "edges", "generator", "joint"]
+"""What F learns from beside labelled pairs: nothing, photos as negatives alone, cached pseudo
+pairs by contours, edge maps or the generator, or joint training."""
+JUDGE_SEED = 1000
+"""Of the judge, above the study's first: no network under test is made from it."""
+
+
+W = TypeVar("W", bound=Work)
+
+
+def _same(config: JointTraining) -> JointTraining:
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to train F."""
+
+    name: str
+    title: str
+    how: How
+    change: Callable[[JointTraining], JointTraining] = _same
+    """What is different from the study's configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a study's table: the same training for each seed."""
+
+    name: str
+    title: str
+    series: str
+    """Name of the line it lies on, where the study has a horizontal axis."""
+    x: float | None = None
+    """Where it lies on that axis."""
+    baseline: str = ""
+    """Name of the row that it is compared with; "" for none."""
+    found: dict[int, str] = field(default_factory=dict)
+    """By seed the measurement of F."""
+    drawn: dict[int, str] = field(default_factory=dict)
+    """By seed the measurement of the drawings of held-out photos."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """``updates`` of F, ``labels`` and ``photos``: what went in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Where a variant's networks are."""
+
+    f: Train
+    drawer: Train | None
+    """With its generator, if it has one."""
+    updates: int
+    """Of F."""
+
+
+class Plan:
+    """The work of a study by name, in an order in which all needs come first.
+
+    Args:
+        out: folder of the study.
+        base: what is varied; its seed is the first.
+        pairs, split, gallery: what is measured on: PAIRS folder, its split, and a PHOTOS folder
+            that is searched as well, or "".
+        judge: RUN of an F that judges drawings; "": one is trained on all labels of ``pairs``.
+
+    Raises:
+        UserError: settings that a study cannot keep.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        base: JointTraining,
+        pairs: str,
+        split: Split,
+        gallery: str = "",
+        judge: str = "",
+    ) -> None:
+        if base.retrieval.negatives:
+            raise UserError(
+                "retrieval.negatives: in a study, photos as negatives alone are a row of their "
+                "own; leave it at 0"
+            )
+        # Repeatable, and each training is one process.
+        self.base = replace(base, stream=replace(base.stream, sync=True))
+        self.out, self.pairs, self.split, self.gallery = out, pairs, split, gallery
+        self.judge = judge
+        self.work: dict[str, Work] = {}
+        self._trained: dict[str, Train] = {}
+
+    # ----------------------------------------------------------------------- trainings
+
+    def variant(self, variant: Variant, cell: Cell) -> Trained:
+        """All that ``variant`` needs for the data of ``cell``.
+
+        Raises:
+            UserError: the variant contradicts another setting, or the cell has no photos for it.
+        """
+        if variant.how != "supervised" and not cell.pool:
+            raise UserError(
+                f"{variant.name}: no photo is without a sketch at labels={cell.labels:g}; "
+                "give --photos, or fewer labels"
+            )
+        try:
+            config = variant.change(replace(self.base, seed=cell.seed))
+        except ValueError as error:
+            raise UserError(f"{variant.name}: {error}") from error
+        if variant.how == "joint":
+            return self._joint(variant.name, config, cell)
+        return self._alone(variant, config, cell)
+
+    def _joint(self, name: str, config: JointTraining, cell: Cell) -> Trained:
+        teacher, generator = self.teacher(cell), self.generator(cell, config)
+        inputs = {
+            "pairs": cell.pairs,
+            "photos": cell.pool,
+            "teacher": teacher.run,
+            "generator": generator.run,
+        }
+        needs = (teacher.name, generator.name)
+        run = self._train(f"{cell.name}/{name}", "joint", config, inputs, needs)
+        return Trained(run, run, updates(config))
+
+    def _alone(self, variant: Variant, config: JointTraining, cell: Cell) -> Trained:
+        """F by itself, on cached pseudo pairs if there are any."""
+        training = retrieval_alone(config)
+        inputs: dict[str, str] = {"pairs": cell.pairs}
+        needs: list[str] = []
+        drawer = None
+        place = cell.name
+        if variant.how == "supervised":
+            place = cell.labelled
+        elif variant.how == "negatives":
+            rows = round(training.pseudo_share * training.optim.batch_size)
+            training = replace(training, negatives=rows)
+            inputs["negatives"] = cell.pool
+        else:
+            if variant.how == "generator":
+                drawer = self.generator(cell, config)
+            pseudo = self._draw(variant.how, drawer, config, cell)
+            inputs["pseudo"] = pseudo.out
+            needs.append(pseudo.name)
+            if training.loss.distill != "none":
+                teacher = self.teacher(cell)
+                inputs["teacher"] = teacher.run
+                needs.append(teacher.name)
+        run = self._train(f"{place}/{variant.name}", "retrieval", training, inputs, tuple(needs))
+        return Trained(run, drawer, training.optim.steps)
+
+    def teacher(self, cell: Cell) -> Train:
+        """F trained on the labelled pairs alone as joint training has it, for all variants."""
+        config = replace(self.base.retrieval, seed=cell.seed)
+        return self._train(f"{cell.labelled}/teacher", "retrieval", config, {"pairs": cell.pairs})
+
+    def generator(self, cell: Cell, config: JointTraining) -> Train:
+        """G and D trained on the labelled pairs alone."""
+        alone = replace(config.generator, seed=cell.seed)
+        name = "generator" if alone.model == self.base.generator.model else "generator-unattending"
+        return self._train(f"{cell.labelled}/{name}", "generator", alone, {"pairs": cell.pairs})
+
+    def _draw(self, how: How, drawer: Train | None, config: JointTraining, cell: Cell) -> Draw:
+        """The pool drawn once, filtered as joint training filters."""
+        filters, temperature = config.filters, config.stream.temperature
+        needs: list[str] = []
+        sketcher, by = str(how), str(how)
+        if drawer is None:
+            filters, temperature = _of_tracers(filters), 0.0
+        else:
+            sketcher, by = drawer.run, Path(drawer.run).name
+            needs.append(drawer.name)
+        teacher = ""
+        if filters.max_rank:
+            ranker = self.teacher(cell)
+            teacher = ranker.run
+            needs.append(ranker.name)
+        name = f"{cell.name}/drawn-by-{by}"
+        return self._add(
+            Draw(
+                name=name,
+                photos=cell.pool,
+                out=str(self.out / "pseudo" / name),
+                sketcher=sketcher,
+                config=SketchConfig(seed=cell.seed, temperature=temperature, filters=filters),
+                teacher=teacher,
+                needs=tuple(needs),
+            )
+        )
+
+    def _train(
+        self,
+        name: str,
+        kind: str,
+        config: Config,
+        inputs: Mapping[str, str],
+        needs: tuple[str, ...] = (),
+    ) -> Train:
+        """The training, or the one that is the same by another name."""
+        key = digest({"kind": kind, "config": to_dict(config), "inputs": dict(inputs)})
+        if key not in self._trained:
+            run = str(self.out / "runs" / name)
+            jobs = [Job(kind, run, config, inputs)]
+            if not isinstance(config, (RetrievalTraining, JointTraining)):
+                jobs = generator_jobs(run, config, inputs)
+            self._trained[key] = self._add(Train(name, tuple(jobs), needs))
+        return self._trained[key]
+
+    # ----------------------------------------------------------------------- measurements
+
+    def measure(self, trained: Train) -> str:
+        """Name of the measurement of a trained F on the split."""
+        name = f"{trained.name}/found"
+        return self._add(
+            Measure(name, trained.run, **self._where(name), needs=(trained.name,))
+        ).name
+
+    def judged(self, name: str, sketcher: Train | str, seed: int) -> str:
+        """Name of the measurement of drawings of the split's photos by the judge.
+
+        Args:
+            name: of those who draw, for what has no run.
+            sketcher: the generator's or joint training, or the name of what is not trained.
+        """
+        needs, judge = [], self.judge
+        if not judge:
+            config = replace(self.base.retrieval, seed=self.base.seed + JUDGE_SEED)
+            trained = self._train("judge", "retrieval", config, {"pairs": self.pairs})
+            judge = trained.run
+            needs.append(trained.name)
+        source, temperature = str(sketcher), 0.0
+        if isinstance(sketcher, Train):
+            source, temperature = sketcher.run, self.base.stream.temperature
+            needs.append(sketcher.name)
+            name = sketcher.name
+        name = f"{name}/drawn"
+        return self._add(
+            Measure(
+                name,
+                judge,
+                **self._where(name),
+                sketcher=source,
+                temperature=temperature,
+                seed=seed,
+                needs=tuple(needs),
+            )
+        ).name
+
+    def _where(self, name: str) -> dict[str, Any]:
+        return {
+            "pairs": self.pairs,
+            "split": self.split,
+            "gallery": self.gallery,
+            "out": str(self.out / "results" / f"{name}.json"),
+        }
+
+    def _add(self, work: W) -> W:
+        assert self.work.get(work.name, work) == work, work.name
+        self.work[work.name] = work
+        return work
+
+
+def updates(config: JointTraining) -> int:
+    """How often joint training updates F; with ``warm_start`` the teacher's updates are its own."""
+    schedule: ScheduleConfig = config.schedule
+    cycle = schedule.retrieval_steps + schedule.generator_steps
+    cycles, rest = divmod(schedule.steps, cycle)
+    joint = cycles * schedule.retrieval_steps + min(rest, schedule.retrieval_steps)
+    return joint + (config.retrieval.optim.steps if config.warm_start else 0)
+
+
+def retrieval_alone(config: JointTraining) -> RetrievalTraining:
+    """Training of F by itself that is like its part of joint training, update for update."""
+    optim = OptimConfig(
+        steps=updates(config),
+        batch_size=config.retrieval.optim.batch_size,
+        **dataclasses.asdict(config.retrieval_optim),
+    )
+    return replace(config.retrieval, seed=config.seed, optim=optim, save=config.save)
+
+
+def _of_tracers(filters: FilterConfig) -> FilterConfig:
+    """Without what only a generator's drawings have."""
+    plain = FilterConfig()
+    return replace(
+        filters,
+        min_certainty=plain.min_certainty,
+        min_log_prob=plain.min_log_prob,
+        require_end=plain.require_end,
+    )

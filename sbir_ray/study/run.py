@@ -1,0 +1,294 @@
+"""One study from its request to its table."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sbir_ray.config import SCHEMA_VERSION, JointTraining, check_schema, to_dict, to_toml
+from sbir_ray.data.pairs import Split, read_header
+from sbir_ray.data.photos import read_store
+from sbir_ray.errors import UserError
+from sbir_ray.runlog import Progress, versions, write_json_atomic
+from sbir_ray.study import studies
+from sbir_ray.study.data import Cell, part_of_pool, prepare
+from sbir_ray.study.execute import execute
+from sbir_ray.study.intervals import METHOD, chance
+from sbir_ray.study.plan import Plan, Row
+from sbir_ray.study.tables import CHANCE, markdown, numbers, plot
+from sbir_ray.study.work import Measure
+
+Name = Literal["ablation", "labels", "photos", "generation"]
+_REQUEST, _RESULT, _SETTINGS = "request.json", "study.json", "joint.toml"
+_DOUBLINGS = 4
+"""Halvings of the pool below the whole of it, by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be studied."""
+
+    study: Name
+    pairs: Path
+    """PAIRS folder with all labels."""
+    photos: Path | None = None
+    """PHOTOS folder of photos without sketches."""
+    config: JointTraining
+    """What is varied; its seed is the first."""
+    labels: tuple[float, ...] = (0.4,)
+    """Shares of the training photos that keep their sketches."""
+    seeds: int = 3
+    rows: tuple[str, ...] = ()
+    """Names of the rows, for ``ablation``; all by default."""
+    counts: tuple[int, ...] = ()
+    """Numbers of photos, for ``photos``; doubling up to all by default."""
+    split: Split = "val"
+    gallery: Path | None = None
+    """PHOTOS folder that is searched as well."""
+    judge: Path | None = None
+    """RUN of an F that judges drawings; by default one is trained on all labels."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers of a run, as plain values. More seeds, rows, numbers of photos
+        or, where they are what is studied, shares of labels are more runs, and change none."""
+        return {
+            "study": self.study,
+            "pairs": _marked(self.pairs, "pairs.json"),
+            "photos": None if self.photos is None else _marked(self.photos, "store.json"),
+            "labels": None if self.study == "labels" else list(self.labels),
+            "split": self.split,
+            "gallery": None if self.gallery is None else _marked(self.gallery, "store.json"),
+            "judge": None if self.judge is None else str(self.judge.resolve()),
+            "config": to_dict(self.config),
+        }
+
+    def command(self, out: Path) -> str:
+        """The command line that asks for it."""
+        words = ["sbir-ray", "study", self.study, "--pairs", str(self.pairs)]
+        for name in ("photos", "gallery", "judge"):
+            value = getattr(self, name)
+            words += [] if value is None else [f"--{name}", str(value)]
+        shares = [f"{share:g}" for share in self.labels]
+        words += ["--labels", ",".join(shares), "--split", self.split, "--seeds", str(self.seeds)]
+        words += ["--rows", ",".join(self.rows)] if self.rows else []
+        words += ["--counts", ",".join(map(str, self.counts))] if self.counts else []
+        return shlex.join([*words, "--config", str(out / _SETTINGS), "--out", str(out)])
+
+
+def _marked(folder: Path, marker: str) -> list[str]:
+    file = folder / marker
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    return [str(folder.resolve()), digest]
+
+
+def run_study(
+    request: Request,
+    out: Path,
+    *,
+    parallel: int | None = None,
+    cpus: float = 1.0,
+    gpu: bool = False,
+    address: str | None = None,
+    progress: Callable[[str], Progress],
+) -> dict[str, Any]:
+    """Do what is left of a study and write ``study.json``, ``study.md`` and ``study.png``.
+
+    Args:
+        out: STUDY folder.
+        parallel: trainings at a time; by default as many as the cluster, or this machine if Ray is
+            started here, has room for.
+        cpus: of each, also its threads; ``gpu``: one for each.
+        address: the Ray cluster, see :func:`sbir_ray.stream.cluster.connect`.
+        progress: makes a progress line from a title.
+
+    Returns:
+        What ``study.json`` has, and ``text`` for people. ``failed`` has what failed, by name.
+
+    Raises:
+        UserError: data, settings or rows that the user has to change; ``out`` holds another study.
+    """
+    _check(request)
+    out = out.resolve()
+    with _only_one(out, request):
+        from sbir_ray.stream.cluster import connect
+
+        with connect(address):
+            parallel = _room(parallel, cpus, gpu, address)
+            cells = _cells(request, out / "data", progress)
+            plan, rows = _plan(request, out, cells)
+            shutil.rmtree(out / "failures", ignore_errors=True)
+            failed = execute(
+                list(plan.work.values()),
+                parallel=parallel,
+                cpus=cpus,
+                gpu=gpu,
+                failures=out / "failures",
+                progress=progress,
+            )
+        return _write(request, out, plan, rows, failed)
+
+
+def _check(request: Request) -> None:
+    """Refuse what would fail late."""
+    if request.rows and request.study == "ablation":
+        studies.chosen(studies.ablation_variants(request.config), request.rows)
+    header = read_header(request.pairs)["splits"]
+    if not header[request.split]["sketches"]:
+        raise UserError(
+            f"{request.pairs}: no sketches in {request.split} to measure with; import it with "
+            "--val-every or another split, or choose --split"
+        )
+    for folder in (request.photos, request.gallery):
+        if folder is not None and next(read_store(folder), None) is None:
+            raise UserError(f"{folder}: holds no photo; see its ledger")
+    if request.judge is not None:
+        from sbir_ray.runs import load_retrieval
+
+        load_retrieval(request.judge)
+
+
+@contextmanager
+def _only_one(out: Path, request: Request) -> Iterator[None]:
+    """The study's folder, for this process alone."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{out}: another study is writing it; wait for it") from error
+        identity = json.loads(json.dumps(request.identity()))
+        file = out / _REQUEST
+        if file.exists():
+            found = json.loads(file.read_text())
+            check_schema(found.get("schema_version"), str(file))
+            other = list(_differing(found["identity"], identity))
+            if other:
+                raise UserError(
+                    f"{out}: holds a study with another {', '.join(other[:5])}; choose another "
+                    "--out, or repeat its request to go on with it"
+                )
+        elif any(entry.name != "lock" for entry in out.iterdir()):
+            raise UserError(f"{out}: is not empty and holds no study; choose another --out")
+        else:
+            head = {"schema_version": SCHEMA_VERSION, "kind": "study-request"}
+            write_json_atomic(file, {**head, "identity": identity})
+            (out / _SETTINGS).write_text(to_toml(request.config))
+        yield
+
+
+def _differing(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in [*new, *(name for name in old if name not in new)]:
+            yield from _differing(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+    elif old != new:
+        yield path.removeprefix("config.")
+
+
+def _room(parallel: int | None, cpus: float, gpu: bool, address: str | None) -> int:
+    from sbir_ray.stream.cluster import ensure_fits
+
+    if parallel is not None:
+        ensure_fits(cpus, float(gpu), parallel, what="--parallel")
+        return parallel
+    fits = ensure_fits(cpus, float(gpu), what="--cpus-per-run")
+    if address or os.environ.get("RAY_ADDRESS"):
+        return fits
+    return max(1, min(fits, int(len(os.sched_getaffinity(0)) / cpus)))
+
+
+def _cells(request: Request, data: Path, progress: Callable[[str], Progress]) -> list[Cell]:
+    first = request.config.seed
+    seeds = range(first, first + request.seeds)
+    cells = prepare(data, request.pairs, request.photos, request.labels, seeds, progress)
+    if request.study != "photos":
+        return cells
+    most = min(cell.photos for cell in cells)
+    if not most:
+        raise UserError(
+            f"study photos: no photo is without a sketch at labels={cells[0].labels:g}; give "
+            "--photos, or fewer labels"
+        )
+    counts = request.counts or _doubling(most)
+    return [part_of_pool(data, cell, count) for count in counts for cell in cells]
+
+
+def _doubling(most: int) -> list[int]:
+    """0, and numbers that double up to ``most``."""
+    return [0, *sorted({most >> halvings for halvings in range(_DOUBLINGS + 1)} - {0})]
+
+
+def _plan(request: Request, out: Path, cells: Sequence[Cell]) -> tuple[Plan, list[Row]]:
+    plan = Plan(
+        out,
+        request.config,
+        str(request.pairs.resolve()),
+        request.split,
+        "" if request.gallery is None else str(request.gallery.resolve()),
+        "" if request.judge is None else str(request.judge.resolve()),
+    )
+    if request.study == "ablation":
+        return plan, studies.ablation(plan, cells, request.rows)
+    made: dict[str, Callable[[Plan, Sequence[Cell]], list[Row]]] = {
+        "labels": studies.labels,
+        "photos": studies.photos,
+        "generation": studies.generation,
+    }
+    return plan, made[request.study](plan, cells)
+
+
+def _write(
+    request: Request, out: Path, plan: Plan, rows: list[Row], failed: dict[str, str]
+) -> dict[str, Any]:
+    measures = [piece for piece in plan.work.values() if isinstance(piece, Measure)]
+    found = {piece.name: piece.found() for piece in measures if piece.name not in failed}
+    gallery = next((one.gallery for one in found.values()), 0)
+    lines = numbers(rows, found, failed)
+    if request.study == "generation" and gallery:
+        lines.append(_chance(gallery))
+    first = request.config.seed
+    values = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "study",
+        "study": request.study,
+        "request": {
+            **request.identity(),
+            "labels": list(request.labels),
+            "seeds": list(range(first, first + request.seeds)),
+            "rows": list(request.rows),
+            "counts": list(request.counts),
+        },
+        "rows": lines,
+        "searched": gallery,
+        "intervals": METHOD,
+        "failed": failed,
+        "command": request.command(out),
+        "versions": versions(),
+    }
+    write_json_atomic(out / _RESULT, values)
+    text = markdown(request.study, values)
+    (out / "study.md").write_text(text)
+    plot(request.study, lines, out / "study.png")
+    return {**values, "text": text}
+
+
+def _chance(gallery: int) -> dict[str, Any]:
+    shares = chance(gallery).items()
+    values = {name: {"mean": v, "ci95": [v, v], "by_seed": {}} for name, v in shares}
+    return {
+        "name": CHANCE,
+        "title": CHANCE,
+        "series": CHANCE,
+        "x": None,
+        "seeds": [],
+        "failed": {},
+        "drawings": values,
+    }

@@ -1,0 +1,184 @@
+"""The four studies: which rows each has."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from sbir_ray.config import JointTraining
+from sbir_ray.errors import UserError
+from sbir_ray.study.data import Cell
+from sbir_ray.study.judging import PEOPLE
+from sbir_ray.study.plan import Plan, Row, Variant
+from sbir_ray.study.work import TRACERS
+
+SUPERVISED = Variant("supervised", "labelled pairs alone", "supervised")
+JOINT = Variant("full", "joint training", "joint")
+NEGATIVES = Variant("negatives", "photos as negatives alone", "negatives")
+CONTOURS = Variant("contours", "contour tracing as pseudo sketches", "contours")
+EDGES = Variant("edges", "edge maps as pseudo sketches", "edges")
+
+Reward = Literal["reinforce", "soft", "both", "none"]
+_REWARDS: dict[Reward, tuple[str, str]] = {
+    "none": ("no-policy", "without rewards (Eq. 3 alone)"),
+    "reinforce": ("policy-reinforce", "rewards by policy gradient"),
+    "soft": ("policy-soft", "rewards through a soft raster"),
+    "both": ("policy-both", "rewards by policy gradient and soft raster"),
+}
+
+
+def _with_loss(**changes: Any) -> Callable[[JointTraining], JointTraining]:
+    def change(config: JointTraining) -> JointTraining:
+        loss = replace(config.retrieval.loss, **changes)
+        return replace(config, retrieval=replace(config.retrieval, loss=loss))
+
+    return change
+
+
+def _with_policy(kind: Reward) -> Callable[[JointTraining], JointTraining]:
+    return lambda config: replace(config, policy=replace(config.policy, kind=kind))
+
+
+def _without_attention(config: JointTraining) -> JointTraining:
+    model = replace(config.generator.model, attend=False)
+    return replace(config, generator=replace(config.generator, model=model))
+
+
+def _vanilla(config: JointTraining) -> JointTraining:
+    return _without_attention(_with_loss(certainty="none", distill="none")(config))
+
+
+def ablation_variants(base: JointTraining) -> list[Variant]:
+    """The rows of the paper's Table 3, the other kinds of rewards, and the controls."""
+    return [
+        SUPERVISED,
+        JOINT,
+        Variant("no-weighting", "without instance weights", "joint", _with_loss(certainty="none")),
+        Variant("no-teacher", "without the teacher", "joint", _with_loss(distill="none")),
+        Variant("no-attention", "without attention", "joint", _without_attention),
+        Variant("no-joint", "cached pseudo sketches, without joint training", "generator"),
+        Variant("vanilla", "without all four (vanilla SSL)", "generator", _vanilla),
+        *(
+            Variant(name, title, "joint", _with_policy(kind))
+            for kind, (name, title) in _REWARDS.items()
+            if kind != base.policy.kind
+        ),
+        NEGATIVES,
+        CONTOURS,
+        EDGES,
+    ]
+
+
+def chosen(variants: Sequence[Variant], names: Sequence[str]) -> list[Variant]:
+    """The variants of these names, or all where there are none, in the order of the table.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    known = [variant.name for variant in variants]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise UserError(f"--rows {name}: no such row; did you mean {near[0]}?")
+    return [variant for variant in variants if not names or variant.name in names]
+
+
+def ablation(plan: Plan, cells: Sequence[Cell], names: Sequence[str] = ()) -> list[Row]:
+    """What each part of the method brings (Table 3); with a judge of the generators' drawings.
+
+    Args:
+        cells: one for each seed.
+        names: of the rows; all by default.
+    """
+    variants = chosen(ablation_variants(plan.base), names)
+    baseline = SUPERVISED.name if SUPERVISED in variants else ""
+    return [_row(plan, variant, cells, baseline, judging=True) for variant in variants]
+
+
+def labels(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
+    """Accuracy by the share of labels (Fig. 4b).
+
+    Args:
+        cells: of all shares and seeds. Where none of them has photos without sketches, the row is
+            that of the labelled pairs alone.
+    """
+    rows = []
+    for share, group in _groups(cells, lambda cell: cell.labels):
+        variants = [SUPERVISED, JOINT, NEGATIVES] if all(c.pool for c in group) else [SUPERVISED]
+        for variant in variants:
+            row = _row(plan, variant, group, f"{SUPERVISED.name}-{share:g}")
+            rows.append(replace(row, name=f"{variant.name}-{share:g}", x=share))
+    return rows
+
+
+def photos(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
+    """Accuracy by the number of photos without sketches.
+
+    Args:
+        cells: of all numbers and seeds; with 0 photos the labelled pairs alone.
+    """
+    rows = []
+    for count, group in _groups(cells, lambda cell: cell.photos):
+        for variant in [JOINT, NEGATIVES, CONTOURS] if count else [SUPERVISED]:
+            row = _row(plan, variant, group, f"{SUPERVISED.name}-0")
+            rows.append(replace(row, name=f"{variant.name}-{count}", x=count))
+    return rows
+
+
+def generation(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
+    """How well drawings of held-out photos find their photo (Table 1).
+
+    Args:
+        cells: one for each seed.
+    """
+    people = {0: plan.judged(PEOPLE, PEOPLE, 0)}
+    rows = [Row(PEOPLE, "people's sketches (ceiling)", PEOPLE, drawn=people)]
+    joint = {cell.seed: plan.variant(JOINT, cell).f for cell in cells}
+    alone = {cell.seed: plan.generator(cell, plan.base) for cell in cells}
+    for name, title, runs in (
+        (JOINT.name, "generator after joint training", joint),
+        ("generator", "generator on labelled pairs alone", alone),
+    ):
+        drawn = {seed: plan.judged(name, run, seed) for seed, run in runs.items()}
+        rows.append(Row(name, title, name, drawn=drawn, facts=_facts(cells)))
+    for name, title in zip(TRACERS, ("contour tracing", "edge maps"), strict=True):
+        rows.append(Row(name, title, name, drawn={0: plan.judged(name, name, 0)}))
+    return rows
+
+
+def _row(
+    plan: Plan, variant: Variant, cells: Sequence[Cell], baseline: str, judging: bool = False
+) -> Row:
+    """The row of a variant; ``judging``: its generators' drawings too."""
+    trained = {cell.seed: plan.variant(variant, cell) for cell in cells}
+    drawn = {
+        seed: plan.judged(variant.name, one.drawer, seed)
+        for seed, one in trained.items()
+        if judging and one.drawer is not None
+    }
+    (updates,) = {one.updates for one in trained.values()}
+    return Row(
+        variant.name,
+        variant.title,
+        variant.name,
+        baseline="" if variant is SUPERVISED else baseline,
+        found={seed: plan.measure(one.f) for seed, one in trained.items()},
+        drawn=drawn,
+        facts={"updates": updates, **_facts(cells)},
+    )
+
+
+def _facts(cells: Sequence[Cell]) -> dict[str, Any]:
+    return {
+        "labels": cells[0].labels,
+        "photos": {cell.seed: cell.photos for cell in cells},
+    }
+
+
+def _groups(cells: Iterable[Cell], key: Callable[[Cell], float]) -> list[tuple[float, list[Cell]]]:
+    groups: dict[float, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(key(cell), []).append(cell)
+    return sorted(groups.items())

@@ -1,0 +1,228 @@
+"""The commands of studies: many trainings that differ in one thing, one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import click
+
+from sbir_ray import config as settings
+from sbir_ray.cli_options import FOLDER, show, with_json, with_ray, with_settings
+from sbir_ray.errors import SbirError, UserError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers divided by commas."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float], least: float, most: float = float("inf")):
+        self.kind, self.least, self.most = kind, least, most
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """A sorted tuple of different numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = {self.kind(part) for part in str(value).split(",")}
+        except ValueError:
+            self.fail(f"{value}: write numbers divided by commas, as 1,2", param, ctx)
+        odd = [number for number in found if not self.least <= number <= self.most]
+        if odd:
+            self.fail(f"{odd[0]}: is not from {self.least:g} to {self.most:g}", param, ctx)
+        return tuple(sorted(found))
+
+
+@click.group()
+def study() -> None:
+    """Many trainings that differ in one thing, over several seeds, in one table with intervals.
+
+    Each training is a task of Ray, as many at a time as there is room for. The same command again
+    does what is missing; more seeds or rows are added to what is there.
+    """
+
+
+def _with_common(command: F) -> F:
+    """The options of all studies, in this order in the help."""
+    for option in reversed(
+        [
+            click.option("--pairs", type=FOLDER, required=True, help="PAIRS folder."),
+            click.option(
+                "--photos",
+                type=FOLDER,
+                help="PHOTOS folder: photos without sketches, beside those whose are hidden.",
+            ),
+            click.option("--out", type=FOLDER, required=True, help="STUDY folder."),
+            click.option(
+                "--seeds",
+                type=click.IntRange(1),
+                default=3,
+                show_default=True,
+                help="Trainings of each row, with seeds from --seed on.",
+            ),
+            click.option(
+                "--split",
+                type=click.Choice(["val", "test"]),
+                default="val",
+                show_default=True,
+                help="What is measured on.",
+            ),
+            click.option(
+                "--gallery", type=FOLDER, help="PHOTOS folder whose photos are searched as well."
+            ),
+            click.option(
+                "--parallel",
+                type=click.IntRange(1),
+                help="Trainings at a time; by default as many as there is room for.",
+            ),
+            click.option(
+                "--cpus-per-run",
+                type=click.FloatRange(0, min_open=True),
+                default=1.0,
+                show_default=True,
+                help="CPUs and threads of each.",
+            ),
+            click.option("--gpu", is_flag=True, help="One GPU for each."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+_LABELS = click.option(
+    "--labels",
+    type=Numbers(float, 1e-6, 1),
+    default="0.4",
+    show_default=True,
+    help="Share of the training photos that keep their sketches.",
+)
+_JUDGE = click.option(
+    "--judge",
+    type=FOLDER,
+    metavar="RUN",
+    help="Run of a retrieval network that judges drawings; by default one is trained on all "
+    "labels of PAIRS, with another seed.",
+)
+
+
+@study.command()
+@_with_common
+@_LABELS
+@click.option("--rows", metavar="NAME,NAME", help="Some rows alone, as full,supervised.")
+@_JUDGE
+@with_ray
+@with_json
+@with_settings(settings.JointTraining)
+def ablation(rows: str | None, **options: Any) -> None:
+    """What each part of the method brings (Table 3 of the paper), beside simpler ways.
+
+    Rows: supervised, full (joint training), no-weighting, no-teacher, no-attention, no-joint,
+    vanilla (none of the four), no-policy, policy-soft, policy-both, negatives (photos as negatives
+    alone), contours and edges (as pseudo sketches). All have as many updates of F.
+
+    Example: sbir-ray study ablation --pairs chairs --out studies/ablation --labels 0.4 --seeds 3
+    """
+    names = [] if rows is None else [name.strip() for name in rows.split(",")]
+    _study("ablation", rows=tuple(names), **options)
+
+
+@study.command()
+@_with_common
+@click.option(
+    "--labels",
+    type=Numbers(float, 1e-6, 1),
+    default="0.2,0.4,0.6,0.8,1",
+    show_default=True,
+    help="Shares of the training photos that keep their sketches.",
+)
+@with_ray
+@with_json
+@with_settings(settings.JointTraining)
+def labels(**options: Any) -> None:
+    """Accuracy by the share of labels (Fig. 4b of the paper): supervised, joint training, photos as
+    negatives alone.
+
+    Example: sbir-ray study labels --pairs chairs --photos photos --out studies/labels
+    """
+    _study("labels", several=True, **options)
+
+
+@study.command()
+@_with_common
+@_LABELS
+@click.option(
+    "--counts",
+    type=Numbers(int, 0),
+    help="Numbers of photos; by default 0, and doubling up to all.",
+)
+@with_ray
+@with_json
+@with_settings(settings.JointTraining)
+def photos(counts: tuple[int, ...] | None, **options: Any) -> None:
+    """Accuracy by the number of photos without sketches: joint training, photos as negatives alone,
+    contour tracing.
+
+    Example: sbir-ray study photos --pairs chairs --out studies/photos --counts 0,60,120
+    """
+    _study("photos", counts=counts or (), **options)
+
+
+@study.command()
+@_with_common
+@_LABELS
+@_JUDGE
+@with_ray
+@with_json
+@with_settings(settings.JointTraining)
+def generation(**options: Any) -> None:
+    """How well drawings of held-out photos find their photo (Table 1 of the paper): those of the
+    generator before and after joint training, of contour tracing, of edge maps, and people's.
+
+    Example: sbir-ray study generation --pairs chairs --out studies/generation --labels 0.4
+    """
+    _study("generation", **options)
+
+
+def _study(
+    name: Literal["ablation", "labels", "photos", "generation"],
+    *,
+    config: settings.JointTraining,
+    out: Path,
+    labels: tuple[float, ...],
+    split: Literal["val", "test"],
+    parallel: int | None,
+    cpus_per_run: float,
+    gpu: bool,
+    address: str | None,
+    as_json: bool,
+    several: bool = False,
+    **request: Any,
+) -> None:
+    from sbir_ray.runlog import Progress
+    from sbir_ray.study.run import Request, run_study
+
+    if len(labels) > 1 and not several:
+        shares = ",".join(f"{share:g}" for share in labels)
+        raise UserError(f"--labels {shares}: give one; `sbir-ray study labels` varies it")
+    result = run_study(
+        Request(study=name, config=config, labels=labels, split=split, **request),
+        out,
+        parallel=parallel,
+        cpus=cpus_per_run,
+        gpu=gpu,
+        address=address,
+        progress=lambda title: Progress(title, unit="steps" if title == "study" else "photos"),
+    )
+    text = result.pop("text")
+    show(result, as_json, text)
+    if result["failed"]:
+        raise SbirError(
+            f"{out}: {len(result['failed'])} pieces failed, see study.md and failures/; the same "
+            "command tries them again"
+        )

@@ -1,0 +1,152 @@
+"""What is trained, where to and from what; and what the loop needs to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from sbir_ray.config import AdamConfig, GeneratorTraining, JointTraining, RetrievalTraining
+from sbir_ray.data.pairs import PairSet, read_header
+from sbir_ray.errors import UserError
+from sbir_ray.train.ranks import Ranks
+
+Config = RetrievalTraining | GeneratorTraining | JointTraining
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to train: what, where to, from what. Plain values, so that it travels."""
+
+    kind: str
+    out: str
+    config: Config
+    inputs: Mapping[str, str]
+    """Folders by name: ``pairs``; for the retrieval network also ``pseudo``, ``teacher``,
+    ``negatives``, each of which may be absent; for the discriminator ``generator`` (a run); for
+    joint training ``photos``, ``teacher`` and ``generator``."""
+
+
+@dataclass(frozen=True)
+class Player:
+    """A network that is trained by its own optimiser."""
+
+    module: nn.Module
+    adam: AdamConfig
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+
+class Board(Protocol):
+    """What pictures and numbers go to: tensorboardX's ``SummaryWriter``."""
+
+    def add_image(self, tag: str, img_tensor: Any, global_step: int) -> None: ...
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Task(Protocol):
+    """What :func:`sbir_ray.train.loop.fit` needs to know of what it trains."""
+
+    steps: int
+    trained: nn.Module
+    """All that a checkpoint holds."""
+    players: Mapping[str, Player]
+
+    def turn(self, step: int) -> Mapping[str, Player]:
+        """The networks that ``step`` updates."""
+        ...
+
+    def ahead(self, step: int) -> bool:
+        """Whether the rows of ``step`` can be made before the step before it is done."""
+        ...
+
+    def resumable(self, step: int) -> bool:
+        """Whether a run can go on from a checkpoint after ``step`` steps as if never stopped."""
+        ...
+
+    def batch(self, step: int) -> Any:
+        """This rank's rows of ``step``."""
+        ...
+
+    def losses(self, batch: Any, step: int) -> dict[str, Tensor]:
+        """The terms of the whole batch, ``loss`` their sum; gradients reach this rank's rows."""
+        ...
+
+    def done(self, step: int, board: Board | None) -> dict[str, float]:
+        """Called after the update of ``step``; numbers to log. ``board``: on rank 0 alone."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Numbers of the validation split, by rank 0 alone."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold beside weights, as plain values. All ranks call it."""
+        ...
+
+    def restore(self, step: int, state: Mapping[str, Any]) -> None:
+        """Take up after ``step`` steps: the weights are in place; ``state`` is {} for step 0."""
+        ...
+
+    def finish(self) -> None:
+        """Called after the last evaluation, by all ranks."""
+        ...
+
+
+class OnePlayer:
+    """A task with one network, whose rows depend on nothing that training changes."""
+
+    players: Mapping[str, Player]
+
+    def turn(self, step: int) -> Mapping[str, Player]:
+        """Always the one."""
+        return self.players
+
+    def ahead(self, step: int) -> bool:
+        """Always."""
+        return True
+
+    def resumable(self, step: int) -> bool:
+        """Always."""
+        return True
+
+    def done(self, step: int, board: Board | None) -> dict[str, float]:
+        """Nothing more to do."""
+        return {}
+
+    def restore(self, step: int, state: Mapping[str, Any]) -> None:
+        """The rows are a function of the step."""
+
+    def finish(self) -> None:
+        """Nothing more to do."""
+
+
+def held_out(folder: Path, size: int) -> PairSet | None:
+    """The validation split, when there is one with sketches."""
+    if not read_header(folder)["splits"]["val"]["sketches"]:
+        return None
+    return PairSet.load(folder, "val", size)
+
+
+def divisible(name: str, count: int, ranks: Ranks) -> None:
+    """Refuse rows that cannot be shared evenly.
+
+    Raises:
+        UserError: with the name of the setting.
+    """
+    if count < 1 or count % ranks.world:
+        raise UserError(
+            f"{name}: {count} rows cannot be divided among {ranks.world} workers; "
+            f"choose a multiple of {ranks.world}"
+        )

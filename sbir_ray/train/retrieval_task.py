@@ -1,0 +1,242 @@
+"""F on labelled pairs, pseudo pairs and photos without sketches (Eq. 7).
+
+Shapes: B rows of the whole batch, b rows of this rank, S the image's side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sbir_ray.config import RetrievalTraining
+from sbir_ray.data.pairs import PairSet
+from sbir_ray.data.photo_set import PhotoSet
+from sbir_ray.errors import UserError
+from sbir_ray.evaluate import evaluate_retrieval
+from sbir_ray.joint import PairRows, retrieval_losses
+from sbir_ray.models.retrieval import RetrievalNet
+from sbir_ray.runs import load_retrieval
+from sbir_ray.stream.pseudo_store import PseudoSet
+from sbir_ray.train import batch_rows
+from sbir_ray.train.job import Job, OnePlayer, Player, divisible, held_out
+from sbir_ray.train.position import Stream, group, rng_of
+from sbir_ray.train.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class RetrievalBatch:
+    """This rank's rows: labelled pairs, then pseudo pairs; and photos that are negatives alone."""
+
+    photo_bCSS: Tensor
+    sketch_bSS: Tensor
+    extra_nCSS: Tensor
+    photo_id_b: Tensor
+    """int64, see :func:`number_of`; the same photo may come twice."""
+    extra_id_n: Tensor
+    certainty_b: Tensor
+    kept_b: Tensor
+    """False for a pseudo pair that was filtered out: only its photo counts."""
+    labelled: int
+    """Number of labelled pairs, which come first."""
+
+
+@dataclass(frozen=True)
+class PseudoRow:
+    """A pseudo pair as a row of a batch, made ready."""
+
+    photo_CSS: NDArray[np.uint8]
+    sketch_SS: NDArray[np.uint8]
+    photo_id: str
+    certainty: float
+    kept: bool = True
+
+
+class RetrievalTask(OnePlayer):
+    """F on labelled pairs, and beside them pseudo pairs, a teacher, photos as negatives (Eq. 7)."""
+
+    def __init__(self, job: Job, ranks: Ranks, device: torch.device) -> None:
+        assert isinstance(job.config, RetrievalTraining)
+        self.config, self.ranks, self.device = job.config, ranks, device
+        self.optim = job.config.optim
+        size = job.config.model.image_size
+        self.pairs = PairSet.load(Path(job.inputs["pairs"]), "train", size)
+        self.held_out = held_out(Path(job.inputs["pairs"]), size)
+        divisible("optim.batch_size", self.optim.batch_size, ranks)
+        self.stream = Stream(len(self.pairs.drawn_photos), self.config.seed, "labelled")
+        self.pseudo: PseudoSet | None = None
+        if "pseudo" in job.inputs:
+            self.pseudo = PseudoSet.load(Path(job.inputs["pseudo"]), size)
+            if not self.pseudo.photo_ids:
+                raise UserError(f"{job.inputs['pseudo']}: no pseudo pair was kept; see its ledger")
+            self.pseudo_count = round(self.config.pseudo_share * self.optim.batch_size)
+            divisible("pseudo_share x optim.batch_size", self.pseudo_count, ranks)
+            self.drawings_of = group(self.pseudo.photo_of, len(self.pseudo.photo_ids))
+            self.pseudo_stream = Stream(len(self.drawings_of), self.config.seed, "pseudo")
+        self.negatives: PhotoSet | None = None
+        if "negatives" in job.inputs and self.config.negatives:
+            self.negatives = PhotoSet.load(Path(job.inputs["negatives"]), size)
+            divisible("negatives", self.config.negatives, ranks)
+            self.extra_stream = Stream(len(self.negatives.photo_ids), self.config.seed, "negatives")
+        if ranks.world > 1 and not self.config.model.frozen_norm:
+            raise UserError(
+                "model.frozen_norm=false: batch statistics need the whole batch in one process; "
+                "use one worker, or leave it true"
+            )
+        torch.manual_seed(self.config.seed)
+        self.model = RetrievalNet(self.config.model).to(device)
+        self.trained: nn.Module = self.model
+        self.steps = self.optim.steps
+        self.players: Mapping[str, Player] = {"": Player(self.model, self.optim)}
+        self.teacher: RetrievalNet | None = None
+        if "teacher" in job.inputs and self.config.loss.distill != "none":
+            self.teacher = load_retrieval(Path(job.inputs["teacher"])).model.to(device)
+            if self.teacher.config.image_size != size:
+                raise UserError(
+                    f"{job.inputs['teacher']}: its image_size is "
+                    f"{self.teacher.config.image_size}; set model.image_size to it"
+                )
+
+    def batch(self, step: int) -> RetrievalBatch:
+        """See :class:`Task`."""
+        return self.batch_with(step, self._cached(step) if self.pseudo is not None else [])
+
+    def batch_with(self, step: int, pseudo: Sequence[PseudoRow]) -> RetrievalBatch:
+        """This rank's labelled rows of ``step`` and its negatives, and the given pseudo pairs."""
+        seed, augment = self.config.seed, self.config.augment
+        photos: list[NDArray[np.uint8]] = []
+        sketches: list[NDArray[np.uint8]] = []
+        rows = self.labelled_rows(step)
+        ids = [self.pairs.photo_ids[self.pairs.photo_of[row.sketch]] for row in rows]
+        batch_rows.draw(self.pairs, rows, augment, photos, sketches)
+        photos += [row.photo_CSS for row in pseudo]
+        sketches += [row.sketch_SS for row in pseudo]
+        ids += [row.photo_id for row in pseudo]
+        size = self.config.model.image_size
+        extra = np.zeros((0, 3, size, size), np.uint8)
+        extra_ids: list[str] = []
+        if self.negatives is not None:
+            items = self.extra_stream.batch(step, self.config.negatives)
+            flips = []
+            for i in self.ranks.mine(len(items)):
+                epoch, photo = items[i]
+                flip = rng_of(seed, "negative", epoch, photo).random() < augment.flip
+                flips.append(batch_rows.mirrored(self.negatives.photos[photo], flip))
+                extra_ids.append(self.negatives.photo_ids[photo])
+            extra = np.stack(flips)
+        return RetrievalBatch(
+            photo_bCSS=torch.from_numpy(np.stack(photos)),
+            sketch_bSS=torch.from_numpy(np.stack(sketches)),
+            extra_nCSS=torch.from_numpy(extra),
+            photo_id_b=torch.tensor([number_of(name) for name in ids]),
+            extra_id_n=torch.tensor([number_of(name) for name in extra_ids], dtype=torch.int64),
+            certainty_b=torch.tensor([1.0] * len(rows) + [row.certainty for row in pseudo]),
+            kept_b=torch.tensor([True] * len(rows) + [row.kept for row in pseudo]),
+            labelled=len(rows),
+        )
+
+    def labelled_rows(self, step: int) -> list[batch_rows.Row]:
+        """This rank's labelled pairs of ``step``: a photo, and one of its sketches."""
+        items = self.stream.batch(step, self.optim.batch_size)
+        rows = []
+        for i in self.ranks.mine(len(items)):
+            epoch, item = items[i]
+            choices = self.pairs.sketches_of[self.pairs.drawn_photos[item]]
+            choice = rng_of(self.config.seed, "sketch", epoch, item).integers(len(choices))
+            keys = (self.config.seed, "row", epoch, item)
+            rows.append(batch_rows.Row(int(choices[choice]), keys))
+        return rows
+
+    def _cached(self, step: int) -> list[PseudoRow]:
+        """This rank's pseudo pairs of ``step`` from the store."""
+        assert self.pseudo is not None
+        items = self.pseudo_stream.batch(step, self.pseudo_count)
+        rows = []
+        for i in self.ranks.mine(len(items)):
+            epoch, photo = items[i]
+            drawings = self.drawings_of[photo]
+            choice = rng_of(self.config.seed, "drawing", epoch, photo).integers(len(drawings))
+            keys = (self.config.seed, "pseudo", epoch, photo)
+            rows.append(batch_rows.Row(drawings[choice], keys))
+        photos: list[NDArray[np.uint8]] = []
+        sketches: list[NDArray[np.uint8]] = []
+        batch_rows.draw(self.pseudo, rows, self.config.augment, photos, sketches)
+        return [
+            PseudoRow(
+                photo,
+                sketch,
+                self.pseudo.photo_ids[self.pseudo.photo_of[row.sketch]],
+                float(self.pseudo.certainty[row.sketch]),
+            )
+            for row, photo, sketch in zip(rows, photos, sketches, strict=True)
+        ]
+
+    def losses(
+        self, batch: RetrievalBatch, step: int, pseudo_ramp: float = 1.0
+    ) -> dict[str, Tensor]:
+        """The terms of Eq. 7 on the whole batch; gradients reach this rank's rows."""
+        rows = self._embed(self.model, batch)
+        teacher = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self._embed(self.teacher.eval(), batch)
+        return retrieval_losses(rows, self.config.loss, teacher, pseudo_ramp=pseudo_ramp)
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy on the validation split (empty when it has none)."""
+        if self.held_out is None:
+            return {}
+        metrics = evaluate_retrieval(self.model, self.held_out, self.device).metrics.to_json()
+        return {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+
+    def state(self) -> dict[str, Any]:
+        """What identifies the data position, beside the step."""
+        return {"labelled": self.stream.size}
+
+    def _embed(self, model: RetrievalNet, batch: RetrievalBatch) -> PairRows:
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            images = torch.cat([batch.photo_bCSS, batch.extra_nCSS]).to(self.device)
+            photos = model.embed_photos(images)
+            sketches = model.embed_sketches(batch.sketch_bSS.to(self.device))
+        own = len(batch.photo_bCSS)
+        gather = self._gatherer(batch.labelled)
+        ids = torch.cat([gather(batch.photo_id_b), self.ranks.gather(batch.extra_id_n)]).tolist()
+        # One column a photo: a photo that came twice must not be its own negative.
+        first = {name: i for i, name in reversed(list(enumerate(ids)))}
+        columns = sorted(first.values())
+        place = {ids[column]: i for i, column in enumerate(columns)}
+        own_ids = ids[: own * self.ranks.world]
+        photo_PD = torch.cat(
+            [gather(photos[:own].float()), self.ranks.gather(photos[own:].float())]
+        )
+        labelled_b = torch.arange(own) < batch.labelled
+        return PairRows(
+            sketch_BD=gather(sketches.float()),
+            photo_PD=photo_PD[columns],
+            photo_of_B=torch.tensor([place[name] for name in own_ids], device=self.device),
+            labelled_B=gather(labelled_b).to(self.device),
+            certainty_B=gather(batch.certainty_b).to(self.device),
+            kept_B=gather(batch.kept_b).to(self.device),
+        )
+
+    def _gatherer(self, labelled: int) -> Callable[[Tensor], Tensor]:
+        """Labelled and pseudo rows are divided among ranks separately, so gathered separately."""
+
+        def gather(rows: Tensor) -> Tensor:
+            parts = [rows[:labelled], rows[labelled:]]
+            moved = [self.ranks.gather(part.to(self.device)) for part in parts]
+            return torch.cat(moved)
+
+        return gather
+
+
+def number_of(photo_id: str) -> int:
+    """A photo's id as 63 bits, which workers can exchange."""
+    return int.from_bytes(hashlib.sha256(photo_id.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,192 @@
+"""The commands that train."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sbir_ray import config as settings
+from sbir_ray.cli_options import (
+    FOLDER,
+    OUT,
+    PAIRS,
+    show,
+    with_actors,
+    with_json,
+    with_settings,
+    with_workers,
+)
+from sbir_ray.errors import UserError
+
+
+@click.group()
+def train() -> None:
+    """Train the retrieval network, the generator, or all networks together.
+
+    A run folder that was interrupted goes on when the command is repeated.
+    """
+
+
+def _train(
+    jobs: list[Any],
+    address: str | None,
+    workers: int,
+    gpu: bool,
+    cpus_per_worker: float | None,
+    as_json: bool,
+    actors: Any = None,
+) -> None:
+    from sbir_ray.runlog import Progress
+    from sbir_ray.train.launch import train as run_training
+
+    results = run_training(
+        jobs,
+        workers=workers,
+        gpu=gpu,
+        cpus_per_worker=cpus_per_worker,
+        address=address,
+        actors=actors,
+        progress=lambda title: Progress(title, unit="steps"),
+    )
+    # Joint training comes after what it starts from, D after G.
+    which = -1 if jobs[-1].kind == "joint" else 0
+    out, result = jobs[which].out, results[which]
+    told = ("acc@1", "acc@5", "acc@10", "mean_rank", "offset", "pen", "kl")
+    numbers = [f"{k} {result[k]:.3f}" for k in told if k in result]
+    text = f"{out}: trained. Validation: {', '.join(numbers) or 'no validation split'}"
+    show({"run": str(out), "validation": result}, as_json, text)
+
+
+def _inputs(**paths: Path | None) -> dict[str, str]:
+    """Absolute, since workers run in other folders."""
+    for name, path in paths.items():
+        if path is not None and not path.exists():
+            raise UserError(f"{path}: does not exist (--{name})")
+    return {name: str(path.resolve()) for name, path in paths.items() if path is not None}
+
+
+@train.command("retrieval")
+@PAIRS
+@OUT
+@with_workers
+@with_json
+@with_settings(settings.RetrievalTraining)
+def train_retrieval(
+    config: settings.RetrievalTraining, pairs_dir: Path, out: Path, as_json: bool, **ray: Any
+) -> None:
+    """Supervised training of the retrieval network F on labelled pairs.
+
+    Example: sbir-ray train retrieval --pairs chairs --out runs/f --workers 2
+    """
+    from sbir_ray.train.job import Job
+
+    job = Job("retrieval", str(out.resolve()), config, _inputs(pairs=pairs_dir))
+    _train([job], as_json=as_json, **ray)
+
+
+@train.command("generator")
+@PAIRS
+@OUT
+@with_workers
+@with_json
+@with_settings(settings.GeneratorTraining)
+def train_generator(
+    config: settings.GeneratorTraining, pairs_dir: Path, out: Path, as_json: bool, **ray: Any
+) -> None:
+    """Supervised training of the generator G on labelled pairs, then of the discriminator D on G's
+    drawings (in OUT/discriminator).
+
+    Example: sbir-ray train generator --pairs chairs --out runs/g
+    """
+    from sbir_ray.train.job import Job
+    from sbir_ray.train.tasks import generator_jobs
+
+    jobs: list[Job] = generator_jobs(str(out.resolve()), config, _inputs(pairs=pairs_dir))
+    _train(jobs, as_json=as_json, **ray)
+
+
+@train.command("semi")
+@PAIRS
+@click.option("--pseudo", type=FOLDER, help="PSEUDO folder: drawn photos, as weighted pairs.")
+@click.option("--teacher", type=FOLDER, help="Run of the supervised network, for distillation.")
+@click.option(
+    "--negatives",
+    type=FOLDER,
+    help="PHOTOS folder: as negatives alone (set negatives=16 for 16 a step).",
+)
+@OUT
+@with_workers
+@with_json
+@with_settings(settings.RetrievalTraining)
+def train_semi(
+    config: settings.RetrievalTraining,
+    pairs_dir: Path,
+    pseudo: Path | None,
+    teacher: Path | None,
+    negatives: Path | None,
+    out: Path,
+    as_json: bool,
+    **ray: Any,
+) -> None:
+    """Semi-supervised training of the retrieval network on labelled and pseudo pairs (Eq. 7).
+
+    Example: sbir-ray train semi --pairs chairs --pseudo pseudo --teacher runs/f --out runs/semi
+    """
+    from sbir_ray.train.job import Job
+
+    if pseudo is None and negatives is None:
+        raise UserError("train semi: give --pseudo, --negatives or both; else use train retrieval")
+    if negatives is not None and config.negatives == 0:
+        raise UserError("--negatives has no effect with negatives=0; add --set negatives=16")
+    if negatives is None and config.negatives:
+        raise UserError(f"negatives={config.negatives} needs photos; add --negatives PHOTOS")
+    inputs = _inputs(pairs=pairs_dir, pseudo=pseudo, teacher=teacher, negatives=negatives)
+    _train([Job("retrieval", str(out.resolve()), config, inputs)], as_json=as_json, **ray)
+
+
+@train.command("joint")
+@PAIRS
+@click.option("--photos", type=FOLDER, required=True, help="PHOTOS folder, drawn while training.")
+@click.option("--teacher", type=FOLDER, help="Supervised run of F; without one it is made first.")
+@click.option("--generator", type=FOLDER, help="Run of G and D; without one it is made first.")
+@click.option("--sync", is_flag=True, help="The learners draw: slower, repeatable bit for bit.")
+@with_actors
+@OUT
+@with_workers
+@with_json
+@with_settings(settings.JointTraining)
+def train_joint(
+    config: settings.JointTraining,
+    pairs_dir: Path,
+    photos: Path,
+    teacher: Path | None,
+    generator: Path | None,
+    sync: bool,
+    out: Path,
+    actors: tuple[int, int] | None,
+    cpus_per_actor: float | None,
+    gpus_per_actor: float | None,
+    as_json: bool,
+    **ray: Any,
+) -> None:
+    """Train F, D and G together (Algorithm 1), each for the others' benefit: generator actors draw
+    unlabelled photos with the newest weights while the workers train.
+
+    Example: sbir-ray train joint --pairs chairs --photos photos --out runs/joint --actors 1:4
+    """
+    from sbir_ray.train.launch import Actors
+    from sbir_ray.train.tasks import joint_jobs
+
+    if sync:
+        stream = dataclasses.replace(config.stream, sync=True)
+        config = dataclasses.replace(config, stream=stream)
+    if config.stream.sync and (actors or cpus_per_actor or gpus_per_actor):
+        raise UserError("--actors and their CPUs and GPUs do nothing with --sync; leave one out")
+    inputs = _inputs(pairs=pairs_dir, photos=photos, teacher=teacher, generator=generator)
+    jobs = joint_jobs(str(out.resolve()), config, inputs)
+    least, most = actors or (1, 1)
+    drawing = Actors(least, most, cpus_per_actor or 1.0, gpus_per_actor or 0.0)
+    _train(jobs, as_json=as_json, actors=drawing, **ray)
