@@ -25,6 +25,7 @@ from sbir_ray.cli_options import (
     with_settings,
 )
 from sbir_ray.errors import SbirError, UserError
+from sbir_ray.study_cli import study
 from sbir_ray.train_cli import train
 
 
@@ -360,6 +361,7 @@ def report(run: Path, as_json: bool) -> None:
 
 
 cli.add_command(train)
+cli.add_command(study)
 
 
 if __name__ == "__main__":

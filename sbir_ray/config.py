@@ -315,7 +315,7 @@ class PolicyConfig:
     """What a reward is compared with: nothing (the paper), the reward of the photo's pseudo sketch
     (self-critical), or the mean of the photo's other samples."""
     normalise: bool = True
-    """Divide the advantages by their standard deviation over the batch."""
+    """Divide the advantages by their root mean square over the batch."""
     per_row: bool = True
     """The mean log-probability of a drawing's rows; false: their sum (the paper)."""
     layers: Literal["all", "last"] = "all"

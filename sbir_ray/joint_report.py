@@ -259,7 +259,10 @@ class StreamAccount:
     """Still to be judged or used."""
     used: int
     staleness: Mapping[int, int]
-    """Drawings by the versions that they lay behind the learner's."""
+    """Drawings by the versions that they lay behind the learner's; all that were too old have the
+    largest number."""
+    max_staleness: int
+    """Versions that they may lie behind."""
 
     @property
     def stages(self) -> list[Stage]:
@@ -278,7 +281,7 @@ class StreamAccount:
         return [*found, Stage("used", True, left, 0.0, left / total)]
 
 
-def read_stream(run: Path) -> StreamAccount | None:
+def read_stream(run: Path, max_staleness: int) -> StreamAccount | None:
     """``ledger.json`` of live drawings, or None if there is none.
 
     Raises:
@@ -296,6 +299,7 @@ def read_stream(run: Path) -> StreamAccount | None:
             in_flight=record["in_flight"],
             used=record["used"],
             staleness={int(lag): n for lag, n in record["staleness"].items()},
+            max_staleness=max_staleness,
         )
         if account.stages[-1].number != account.used:
             raise ValueError("it does not add up")

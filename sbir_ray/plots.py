@@ -30,6 +30,8 @@ COLOURS = 5
 
 _TINT, _TINTED = (236, 106, 30), 0.8
 """Colour of what is looked at, and how much of it covers the photo where the look is strongest."""
+_CLEAR = 4
+"""Times the share of an even look from which a cell's tint is full."""
 _NICE = [1, 2, 2.5, 5, 10]
 # Written by matplotlib and then replaced by the page's own colours, which follow its dark mode.
 _TEXT, _RULE = "#010203", "#010204"
@@ -46,10 +48,14 @@ def photo_uri(rgb: NDArray[np.uint8]) -> str:
 
 
 def look_uri(rgb: NDArray[np.uint8], share: Floats) -> str:
-    """A photo, uint8 (H, W, 3), paled, and tinted where ``share`` (h, w) of a look is large."""
+    """A photo, uint8 (H, W, 3), paled, and tinted where ``share`` (h, w) of a look is large.
+
+    The tint is full at the largest share, if that is a few times what an even look would give.
+    """
+    full = max(share.max(), _CLEAR / share.size)
     photo = Image.fromarray(np.ascontiguousarray(rgb)).convert("L")
     photo.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    map_hw = Image.fromarray((share / max(share.max(), 1e-12)).astype(np.float32))
+    map_hw = Image.fromarray((share / full).astype(np.float32))
     heat_HW1 = np.asarray(map_hw.resize(photo.size, Image.Resampling.BICUBIC))[..., None]
     pale_HW1 = 255 - 0.55 * (255 - np.asarray(photo, np.float64))[..., None]
     weight_HW1 = _TINTED * heat_HW1.clip(0, 1)
@@ -128,7 +134,8 @@ def curve_panel(title: str, lines: Sequence[Line], percent: bool, across: str = 
         axes.spines["bottom"].set(visible=True, color=_RULE, linewidth=0.8)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, steps=_NICE))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_NICE))
-        axes.set_xlim(left=0)
+        if whole:
+            axes.set_xlim(left=0)
         if all((line.values[np.isfinite(line.values)] >= 0).all() for line in lines):
             axes.set_ylim(bottom=0)
         axes.set_xlabel(across, color=_TEXT)

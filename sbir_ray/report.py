@@ -133,6 +133,8 @@ class ReportData:
     title: str
     results: Sequence[Result]
     """The headline is about the first model with a difference, or else the first row."""
+    cause: str = "The unlabelled photos"
+    """What the headline puts the difference down to."""
     headline: str = ""
     """Said where there are no results yet."""
     baseline: str = "supervised"
@@ -323,7 +325,7 @@ def headline(data: ReportData) -> str:
     assert difference is not None
     lo, hi = difference["ci95"]["acc@1"]
     return (
-        f"The unlabelled photos changed acc@1 by {_signed(difference['difference']['acc@1'])} "
+        f"{data.cause} changed acc@1 by {_signed(difference['difference']['acc@1'])} "
         f"points (95% interval {_signed(lo)} to {_signed(hi)}): {_verdict(lo, hi)}."
     )
 

@@ -53,10 +53,11 @@ PANELS: Mapping[str, Panels] = {
             "step",
             {"labelled": "labelled pairs", "pseudo": "pseudo pairs", "distill": "distillation"},
         ),
+        ("Generator: negative log-likelihood, nats a point", "step", G_TERMS),
         (
-            "Generator: negative log-likelihood, nats a point",
-            "step",
-            G_TERMS,
+            "Generator: the same in validation",
+            "evaluation",
+            {f"g_{key}": name for key, name in G_TERMS.items()},
         ),
         ("Generator: KL divergence, nats", "step", {"kl": "KL divergence"}),
         ("Generator: reward", "step", {"reward": "mean", "reward_std": "standard deviation"}),
@@ -69,7 +70,12 @@ PANELS: Mapping[str, Panels] = {
         (
             "Discriminator: loss",
             "step",
-            {"d_real": "people's sketches", "d_drawn": "drawings", "d_wrong": "wrong photos"},
+            {
+                "d_real": "people's sketches",
+                "d_drawn": "drawings",
+                "d_own": "drawings of labelled photos",
+                "d_wrong": "wrong photos",
+            },
         ),
         (
             "Discriminator: certainty",
@@ -77,7 +83,7 @@ PANELS: Mapping[str, Panels] = {
             {
                 "certainty_real": "people's sketches",
                 "certainty_drawn": "drawings",
-                "certainty": "pseudo pairs of the step",
+                "certainty": "pseudo pairs that count",
             },
         ),
     ),
@@ -85,14 +91,14 @@ PANELS: Mapping[str, Panels] = {
 """What is drawn of the learning curves of a run, by its kind; a retrieval network's are those of
 :func:`sbir_ray.report.curves_of`."""
 STREAM_PANELS: Panels = (
-    ("Share of the time spent waiting for drawings, %", "step", {"wait_share": "waiting"}),
+    ("Share of the time spent waiting for rows, %", "step", {"wait_share": "waiting"}),
     (
         "Rates, a second",
         "step",
         {"photos_per_second": "photos", "sketches_per_second": "drawings"},
     ),
     ("Versions behind, mean of a step", "step", {"staleness": "staleness"}),
-    ("Pseudo pairs of a step that count", "step", {"kept": "kept"}),
+    ("Pseudo pairs that passed the filters, %", "step", {"kept": "kept"}),
 )
 
 
@@ -141,8 +147,9 @@ def from_run(run: Path) -> ReportData:
         return replace(
             data,
             results=_compared(run, Path(teacher)) if teacher else _results(run),
+            cause="Joint training",
             curves=panels(log, PANELS[kind]),
-            **joint_sections(run, log),
+            **joint_sections(run, log, record["config"]["stream"]["max_staleness"]),
         )
     if kind in PANELS:
         curves = panels(log, PANELS[kind])
@@ -303,13 +310,17 @@ def _read(file: Path) -> Any:
 # --------------------------------------------------------------------------- pseudo pairs
 
 
-def joint_sections(run: Path, log: Lines) -> dict[str, Any]:
+def joint_sections(run: Path, log: Lines, max_staleness: int) -> dict[str, Any]:
     """What a run of joint training has beside results and learning curves, as fields of
-    :class:`sbir_ray.report.ReportData`."""
+    :class:`sbir_ray.report.ReportData`.
+
+    Args:
+        max_staleness: versions that its drawings may lie behind.
+    """
     fields: dict[str, Any] = {
         "lessons": joint_report.read_lessons(run),
         "looks": joint_report.read_looks(run),
-        "stream": joint_report.read_stream(run),
+        "stream": joint_report.read_stream(run, max_staleness),
         "stream_curves": panels(log, STREAM_PANELS),
     }
     table = joint_report.read_certainty(run)

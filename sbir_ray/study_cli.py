@@ -120,7 +120,7 @@ _JUDGE = click.option(
 @with_json
 @with_settings(settings.JointTraining)
 def ablation(rows: str | None, **options: Any) -> None:
-    """What each part of the method brings (Table 3 of the paper), beside simpler ways.
+    """What each part of the method brings (the paper's Table 3), and what simpler ways do.
 
     Rows: supervised, full (joint training), no-weighting, no-teacher, no-attention, no-joint,
     vanilla (none of the four), no-policy, policy-soft, policy-both, negatives (photos as negatives
@@ -145,8 +145,9 @@ def ablation(rows: str | None, **options: Any) -> None:
 @with_json
 @with_settings(settings.JointTraining)
 def labels(**options: Any) -> None:
-    """Accuracy by the share of labels (Fig. 4b of the paper): supervised, joint training, photos as
-    negatives alone.
+    """Accuracy by the share of labels: supervised, joint training, photos as negatives alone.
+
+    This is Fig. 4b of the paper. At a share of 1 the photos without sketches are those of --photos.
 
     Example: sbir-ray study labels --pairs chairs --photos photos --out studies/labels
     """
@@ -181,8 +182,10 @@ def photos(counts: tuple[int, ...] | None, **options: Any) -> None:
 @with_json
 @with_settings(settings.JointTraining)
 def generation(**options: Any) -> None:
-    """How well drawings of held-out photos find their photo (Table 1 of the paper): those of the
-    generator before and after joint training, of contour tracing, of edge maps, and people's.
+    """How well drawings of held-out photos find their photo (the paper's Table 1).
+
+    Those of the generator before and after joint training, of contour tracing, of edge maps, and
+    people's sketches as the ceiling; searched with a network that had no part in them.
 
     Example: sbir-ray study generation --pairs chairs --out studies/generation --labels 0.4
     """
@@ -210,6 +213,7 @@ def _study(
     if len(labels) > 1 and not several:
         shares = ",".join(f"{share:g}" for share in labels)
         raise UserError(f"--labels {shares}: give one; `sbir-ray study labels` varies it")
+    units = {"study": "units of work"}
     result = run_study(
         Request(study=name, config=config, labels=labels, split=split, **request),
         out,
@@ -217,7 +221,7 @@ def _study(
         cpus=cpus_per_run,
         gpu=gpu,
         address=address,
-        progress=lambda title: Progress(title, unit="steps" if title == "study" else "photos"),
+        progress=lambda title: Progress(title, unit=units.get(title, "photos")),
     )
     text = result.pop("text")
     show(result, as_json, text)

@@ -12,10 +12,14 @@ from sbir_ray.config import (
     DiscriminatorConfig,
     GeneratorConfig,
     GeneratorTraining,
+    JointTraining,
     OptimConfig,
+    PolicyConfig,
     RetrievalConfig,
     RetrievalTraining,
     SaveConfig,
+    ScheduleConfig,
+    StreamConfig,
 )
 from sbir_ray.data import photos
 from sbir_ray.data.pairs import new_pairs
@@ -79,10 +83,12 @@ def tiny_pairs(out: Path, train: int = 8, val: int = 2, test: int = 4, hands: in
 def retrieval_config(steps: int = 4, **changes: object) -> RetrievalTraining:
     """A retrieval network that trains in seconds, with random weights."""
     return RetrievalTraining(
-        model=RetrievalConfig(weights="none", image_size=64, grid=2),
-        optim=OptimConfig(steps=steps, batch_size=4, lr=1e-3),
-        save=SaveConfig(log_every=1, checkpoint_every=2),
-        **changes,
+        **{
+            "model": RetrievalConfig(weights="none", image_size=64, grid=2),
+            "optim": OptimConfig(steps=steps, batch_size=4, lr=1e-3),
+            "save": SaveConfig(log_every=1, checkpoint_every=2),
+            **changes,
+        }
     )
 
 
@@ -107,3 +113,16 @@ def generator_config(steps: int = 4, **changes: object) -> GeneratorTraining:
         save=SaveConfig(log_every=1, checkpoint_every=2),
         **changes,
     )
+
+
+def joint_config(**changes: object) -> JointTraining:
+    """Joint training in seconds: a turn of two steps of F and D, then one of G."""
+    settings: dict[str, object] = {
+        "retrieval": retrieval_config(),
+        "generator": generator_config(),
+        "policy": PolicyConfig(batch_size=2),
+        "schedule": ScheduleConfig(steps=4, retrieval_steps=2, generator_steps=1),
+        "stream": StreamConfig(sync=True, batch_size=4),
+        "save": SaveConfig(log_every=1, checkpoint_every=2),
+    }
+    return JointTraining(**{**settings, **changes})

@@ -59,7 +59,8 @@ class Drawing:
     rows: NDArray[np.float32]
     """Stroke-5 rows (n, 5) as they were drawn; the last is the end row if ``ended``."""
     log_prob: float
-    """Sum over the rows of log p, offset and pen together, under the model at temperature 1."""
+    """Sum over the rows of log p, offset and pen together, under the model at temperature 1: of the
+    points alone where they are as many as may be, as whether they then end changes nothing."""
     ended: bool
     """Whether the generator ended it, and not the limit of points."""
     attention: NDArray[np.float32] | None = None
@@ -180,7 +181,7 @@ class Decoder:
             if end is not None:
                 rows_T5[end, :2] = 0
             # Each for itself: its length then is the only thing that its rounding depends on.
-            log_prob_T = row_log_prob(raw_TK[None, :count], rows_T5[None])[0]
+            log_prob_T = row_log_prob(raw_TK[None, :count], rows_T5[None])[0, :limit]
             rows = rows_T5.numpy()
             look_THW = looks_TX[:count, :-5].unflatten(1, map_BCHW.shape[2:])
             drawings.append(

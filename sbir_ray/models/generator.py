@@ -143,7 +143,8 @@ class Generator(nn.Module):
         *,
         last_only: bool = False,
     ) -> Tensor:
-        """log p of each row (B, T) at the latent's mean, offset and pen together, 0 behind the end.
+        """log p of each row (B, T) at the latent's mean, offset and pen together, 0 behind the end
+        and for an end row behind ``max_points`` points.
 
         The sum over a drawing's rows is ``Drawing.log_prob``, with a gradient.
 
@@ -168,7 +169,8 @@ class Generator(nn.Module):
         latent_BZ, _ = self.latent(map_BCHW)
         raw_BTK, _ = self._unroll(map_BCHW, latent_BZ, rows_BT5, length_B, last_only=last_only)
         rows_BT5 = rows_BT5[:, : raw_BTK.shape[1]]
-        real_BT = torch.arange(raw_BTK.shape[1], device=raw_BTK.device) < length_B[:, None]
+        count_B = length_B.clamp(max=self.config.max_points)
+        real_BT = torch.arange(raw_BTK.shape[1], device=raw_BTK.device) < count_B[:, None]
         return row_log_prob(raw_BTK, rows_BT5).where(real_BT, 0.0)
 
     # ----------------------------------------------------------------------- drawn again

@@ -1,68 +1,44 @@
 """The live stream: generators draw unlabelled photos while learners train on what they drew.
 
-One long Ray Data pipeline in an actor of its own: a task counts batches as the exchange grants
-them, tasks read the photos of a batch, a pool of actors draws them with the newest weights, and the
-exchange hands each batch to the learner that asks first. A learner that is slow, waits for others
-or draws most of its rows in vain takes nothing from the others, as an even split would.
-
-What dies is started again by Ray, and its batches are made again, the same but for newer weights:
-a batch follows from its number alone. A batch that kills its process is given up.
+The driver starts a :class:`LiveStream`, which is one actor and what that actor starts, and gives
+each learner its :class:`Shard`. A batch goes to the learner that asks first: one that is slow, or
+that has to turn most of its rows away, takes nothing from the others, as an even split would.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
 import ray
-import ray.data
 from numpy.typing import NDArray
-from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 
 from sbir_ray.config import StreamConfig
 from sbir_ray.errors import SbirError, UserError
-from sbir_ray.stream.attempts import KILLED, LIMIT
-from sbir_ray.stream.cluster import ensure_fits, quiet_data
-from sbir_ray.stream.exchange import Exchange, Fate
+from sbir_ray.stream.cluster import ensure_fits
+from sbir_ray.stream.exchange import Fate
 from sbir_ray.stream.filters import RankerSpec, reference_photos
-from sbir_ray.stream.live_photos import TicketPhoto, TicketPhotos
-from sbir_ray.stream.live_rows import (
-    Failed,
-    LiveRow,
-    LiveSketcher,
-    decode_photos,
-    decode_rows,
-    encode_photos,
-    encode_rows,
-    ticket_seed,
-)
+from sbir_ray.stream.live_photos import TicketPhotos
+from sbir_ray.stream.live_pipeline import PATIENCE, SPARE_CPUS, Plan, StreamActor, cause, one_line
+from sbir_ray.stream.live_rows import Failed, LiveRow, LiveSketcher, decode_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SPARE_CPUS = 0.5
-"""CPUs that the stream takes beside its generators', at most."""
-
-_SOURCE_CPUS = 0.1
-_READERS = 4
-_PATIENCE = 2.0
-"""Seconds after which a call that waits is made again."""
-_CLOSING = 20.0
 _MAX_FAILED = 64
 """Rows that may fail one after another before it is not the photos."""
 
@@ -113,193 +89,7 @@ class StreamSpec:
         return LiveSketcher(generator, discriminator, self.stream, self.samples, ranker)
 
 
-# --------------------------------------------------------------------------- the pipeline
-
-# Each block that travels is one row: the number of a batch, and the batch as bytes.
-_BLOCK = pa.schema([("number", pa.int64()), ("rows", pa.binary())])
-
-
-def _block(number: int, rows: bytes) -> pa.Table:
-    return pa.table({"number": [number], "rows": [rows]}, schema=_BLOCK)
-
-
-def count_batches(_: pa.Table, exchange: Any) -> Iterator[pa.Table]:
-    """Task: numbers of batches, as they are granted, until the stream is closed."""
-    granted = 0
-    for number in itertools.count():
-        while granted <= number:
-            granted = ray.get(exchange.take.remote(number, _PATIENCE))
-            if granted < 0:
-                return
-        yield _block(number, b"")
-
-
-def read_batch(block: pa.Table, spec: StreamSpec, sides: tuple[int, ...], first: int) -> pa.Table:
-    """Task: the photos of a batch."""
-    number = block["number"][0].as_py()
-    start = first + number * spec.stream.batch_size
-    store = _store(spec.photos, spec.seed, sides)
-    return _block(number, encode_photos(store.read(range(start, start + spec.stream.batch_size))))
-
-
-@lru_cache(maxsize=1)
-def _store(folder: Path, seed: int, sides: tuple[int, ...]) -> TicketPhotos:
-    return TicketPhotos(folder, seed, sides)
-
-
-class DrawActor:
-    """Actor: draws batches with the newest weights; a photo that cannot be drawn is a failed row.
-
-    Args:
-        references: reference to the ranker's photos, in a list; or [].
-    """
-
-    def __init__(self, spec: StreamSpec, exchange: Any, references: list[Any]) -> None:
-        self.spec, self.exchange = spec, exchange
-        self.sketcher = spec.make(ray.get(references[0]) if references else None)
-        self.serial = 0
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """The rows of a batch for its photos; no block when the stream is closed."""
-        number = block["number"][0].as_py()
-        begun = ray.get(self.exchange.begin.remote(number, self.serial))
-        if begun is None:
-            return block.slice(0, 0)
-        photos = decode_photos(block["rows"][0].as_buffer())
-        if begun.tries > LIMIT:
-            text = f"{begun.tries - 1} processes ended while they drew its batch"
-            rows: list[LiveRow | Failed] = [
-                Failed(photo.ticket, photo.photo_id, KILLED, text) for photo in photos
-            ]
-        else:
-            if begun.weights:
-                self._renew(begun)
-            rows = self._draw(photos)
-        return _block(number, encode_rows(rows, self.spec.sides))
-
-    def _renew(self, begun: Any) -> None:
-        try:
-            weights = ray.get(begun.weights[0])
-        except RayError:  # their learner died: another one will publish
-            return
-        self.sketcher.load(begun.version, weights)
-        self.serial = begun.serial
-
-    def _draw(self, photos: list[TicketPhoto]) -> list[LiveRow | Failed]:
-        """All at once; one by one if that raised."""
-        whole = [photo for photo in photos if not photo.fault]
-        found: dict[int, LiveRow | Failed] = {
-            photo.ticket: Failed(photo.ticket, photo.photo_id, "damaged-photo", photo.fault)
-            for photo in photos
-            if photo.fault
-        }
-        try:
-            found |= self._drawn(whole)
-        except Exception:  # whose fault it is shows when they are drawn one by one
-            for photo in whole:
-                try:
-                    found |= self._drawn([photo])
-                except Exception as error:  # any fault costs its own row alone, and is told
-                    reason = f"error-{type(error).__name__}"
-                    found[photo.ticket] = Failed(
-                        photo.ticket, photo.photo_id, reason, _one_line(error)
-                    )
-        return [found[photo.ticket] for photo in photos]
-
-    def _drawn(self, photos: list[TicketPhoto]) -> dict[int, LiveRow | Failed]:
-        rows = self.sketcher.draw(
-            [photo.ticket for photo in photos],
-            [photo.photo_id for photo in photos],
-            [photo.photos for photo in photos],
-            [ticket_seed(self.spec.seed, photo.ticket) for photo in photos],
-        )
-        empty = "nothing-to-draw"
-        return {
-            row.ticket: row
-            if row.drawn.strokes
-            else Failed(row.ticket, row.photo_id, empty, "the drawing has no stroke")
-            for row in rows
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """What the pipeline is made of."""
-
-    spec: StreamSpec
-    read_sides: tuple[int, ...]
-    references: list[Any]
-    pool: ActorPoolStrategy
-    cpus: float
-    gpus: float
-
-
-class StreamActor(Exchange):
-    """Actor: the exchange, and the pipeline that it grants batches to."""
-
-    def start(self, plan: _Plan) -> None:
-        """Begin to draw."""
-        self._thread = threading.Thread(target=self._run, args=(plan,), daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Let the pipeline end, and wait for that a while."""
-        self.end("the live stream was closed")
-        self._thread.join(_CLOSING)
-
-    def _run(self, plan: _Plan) -> None:
-        try:
-            for bundle in self._dataset(plan).iter_internal_ref_bundles():
-                for entry in bundle.blocks:
-                    if entry.metadata.num_rows:
-                        self.deliver([entry.ref])
-            self.end("the live stream ended")
-        except Exception as error:  # the learners have to be told, whatever it is
-            self.end(f"the live stream broke down: {_one_line(_cause(error))}")
-
-    def _dataset(self, plan: _Plan) -> ray.data.Dataset:
-        quiet_data()
-        context = DataContext.get_current()
-        # Each block goes on as soon as it is there; Ray Data would gather 128 MB of them first.
-        # More than a row of it does not split, and a row is a batch.
-        context.target_max_block_size = 1
-        # Learners may pause for as long as they like.
-        context.execution_no_progress_timeout_s = -1
-        exchange = ray.get_runtime_context().current_actor
-        spec = plan.spec
-        tables: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
-        return (
-            ray.data.from_arrow([_block(0, b"")])
-            .map_batches(
-                cast(Any, count_batches),
-                num_cpus=_SOURCE_CPUS,
-                compute=TaskPoolStrategy(size=1),
-                fn_kwargs={"exchange": exchange},
-                **tables,
-            )
-            .map_batches(
-                cast(Any, read_batch),
-                num_cpus=_SOURCE_CPUS,
-                compute=TaskPoolStrategy(size=min(_READERS, plan.pool.max_size)),
-                # One byte: a demand of its own keeps Ray Data from joining the readers with the
-                # stage before them or behind them.
-                memory=1,
-                fn_kwargs={"spec": spec, "sides": plan.read_sides, "first": self.first},
-                **tables,
-            )
-            .map_batches(
-                cast(Any, DrawActor),
-                num_cpus=plan.cpus,
-                num_gpus=plan.gpus,
-                compute=plan.pool,
-                fn_constructor_kwargs={
-                    "spec": spec,
-                    "exchange": exchange,
-                    "references": plan.references,
-                },
-                **tables,
-            )
-        )
+# --------------------------------------------------------------------------- the stream
 
 
 class LiveStream:
@@ -348,7 +138,7 @@ class LiveStream:
         batch = spec.stream.batch_size
         # With a batch for each learner and one on its way, none waits for rows that another has.
         window = max(world + 1, math.ceil(spec.stream.window * rows_per_step / batch))
-        plan = _Plan(
+        plan = Plan(
             spec=spec,
             read_sides=sides,
             references=[] if references is None else [ray.put(references)],
@@ -443,8 +233,13 @@ class Shard:
 
     def account(self, fates: Mapping[int, Fate]) -> None:
         """Say what became of rows, by ticket: ``("used", "")``, ``("filtered", reason)`` or
-        ``("stale", "")``. Each row needs one fate; a second one does not count."""
-        self.actor.account.remote(dict(fates))
+        ``("stale", "")``. Each row needs one fate; a second one does not count.
+
+        Raises:
+            SbirError: the stream is gone.
+        """
+        # Waited for, so that a ledger that is asked for after it has them.
+        _answer(self.actor.account.remote(dict(fates)))
 
     def publish(self, version: int, tensors: Mapping[str, Tensor]) -> None:
         """Give the generators newer weights (:func:`live_rows.published`).
@@ -463,7 +258,7 @@ class Shard:
 
     def ledger(self) -> dict[str, Any]:
         """The account of the whole stream so far, of kind ``live``."""
-        found: dict[str, Any] = ray.get(self.actor.ledger.remote())
+        found: dict[str, Any] = _answer(self.actor.ledger.remote())
         return found
 
     def close(self) -> None:
@@ -474,14 +269,9 @@ class Shard:
             self._publisher.shutdown()
 
     def _send(self, version: int, weights: dict[str, Tensor]) -> None:
-        try:
-            # As arrays, which need not be copied out of the object store to be read.
-            reference = ray.put({name: tensor.numpy() for name, tensor in weights.items()})
-            ray.get(self.actor.publish.remote(version, [reference]))
-        except RayError as error:
-            raise SbirError(f"generator weights could not be published: {_one_line(error)}") from (
-                error
-            )
+        # As arrays, which need not be copied out of the object store to be read.
+        reference = ray.put({name: tensor.numpy() for name, tensor in weights.items()})
+        _answer(self.actor.publish.remote(version, [reference]))
 
 
 class _Reader:
@@ -503,21 +293,21 @@ class _Reader:
 
     def _run(self) -> None:
         try:
-            session = ray.get(self.actor.attach.remote(self.rank))
+            session = _answer(self.actor.attach.remote(self.rank))
             while not self._stopped.is_set():
-                given = ray.get(self.actor.give.remote(self.rank, session, _PATIENCE))
+                given = _answer(self.actor.give.remote(self.rank, session, PATIENCE))
                 if given.trouble:
                     raise SbirError(given.trouble)
                 if given.batch:
-                    self._take_apart(ray.get(given.batch[0]), session)
+                    self._take_apart(_answer(given.batch[0]), session)
         except SbirError as error:
             self._put(error)
         except Exception as error:  # has to reach the learner, whatever it is
-            self._put(SbirError(f"the live stream broke down: {_one_line(_cause(error))}"))
+            self._put(SbirError(f"the live stream cannot be read: {one_line(error)}"))
 
     def _take_apart(self, block: pa.Table, session: int) -> None:
         number = block["number"][0].as_py()
-        if not ray.get(self.actor.opened.remote(self.rank, session, number)):
+        if not _answer(self.actor.opened.remote(self.rank, session, number)):
             return
         failed: dict[int, Fate] = {}
         rows = decode_rows(block["rows"][0].as_buffer())
@@ -526,7 +316,7 @@ class _Reader:
                 failed[row.ticket] = ("filtered", row.reason)
                 self._failed[f"{row.reason} ({row.detail})"] += 1
         if failed:
-            self.actor.account.remote(failed)
+            _answer(self.actor.account.remote(failed))
         if len(failed) < len(rows):
             self._failed.clear()
         elif self._failed.total() >= _MAX_FAILED:
@@ -542,7 +332,7 @@ class _Reader:
     def _put(self, item: LiveRow | SbirError) -> None:
         while not self._stopped.is_set():
             try:
-                self.rows.put(item, timeout=_PATIENCE / 4)
+                self.rows.put(item, timeout=PATIENCE / 4)
                 return
             except queue.Full:
                 continue
@@ -551,17 +341,14 @@ class _Reader:
 # --------------------------------------------------------------------------- helpers
 
 
+def _answer(reference: Any) -> Any:
+    """The answer of the stream's actor."""
+    try:
+        return ray.get(reference)
+    except RayError as error:
+        raise SbirError(f"the live stream broke down: {cause(error)}") from error
+
+
 def _on_cpu(spec: StreamSpec) -> StreamSpec:
     ranker = None if spec.ranker is None else dataclasses.replace(spec.ranker, device="cpu")
     return dataclasses.replace(spec, device="cpu", ranker=ranker)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error that Ray's errors are about."""
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = cause
-    return error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -32,6 +32,10 @@ Photos = dict[int, NDArray[np.uint8]]
 """A photo (3, S, S), aligned, by side S."""
 
 
+KEPT_MAPS = 4096
+"""Photos, at most, whose maps are kept by what draws them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """A drawing at temperature 1, for the policy gradient."""
@@ -99,6 +103,7 @@ class LiveSketcher:
         self.ranker = ranker
         self.device = generator.offset_scale.device
         self.version = 0
+        self._known: dict[str, Tensor] = {}
         self.decoder = generator.decoder()
 
     @property
@@ -150,10 +155,7 @@ class LiveSketcher:
 
         gpu = self.device.type == "cuda"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=gpu):
-            photo_B3SS = self._stacked(photos, self.generator.config.image_size)
-            # One photo at a time on a CPU, where a convolution may round differently in a batch.
-            groups = photo_B3SS.split(self.decoder.block if gpu else 1)
-            map_BCHW = torch.cat([self.generator.encode(group) for group in groups])
+            map_BCHW = self._maps(photo_ids, photos)
             pseudo = self._drawings(map_BCHW, seeds, self.temperature)
             certainty = self._certainty(photos, pseudo)
             sampled = [
@@ -175,6 +177,25 @@ class LiveSketcher:
             )
             for i, d in enumerate(pseudo)
         ]
+
+    def _maps(self, photo_ids: Sequence[str], photos: Sequence[Photos]) -> Tensor:
+        """The backbone's maps; kept for when a photo comes again, unless the backbone trains."""
+        import torch
+
+        side = self.generator.config.image_size
+        known = {} if self.generator.config.train_backbone else self._known
+        new = [i for i, name in enumerate(photo_ids) if name not in known]
+        if new:
+            # One at a time on a CPU, where a convolution may round differently in a batch.
+            at_once = self.decoder.block if self.device.type == "cuda" else 1
+            groups = self._stacked([photos[i] for i in new], side).split(at_once)
+            maps = torch.cat([self.generator.encode(group) for group in groups])
+            for i, map_CHW in zip(new, maps, strict=True):
+                known[photo_ids[i]] = map_CHW
+        found = torch.stack([known[name] for name in photo_ids])
+        while len(known) > KEPT_MAPS:
+            del known[next(iter(known))]
+        return found
 
     def _drawings(
         self, map_BCHW: Tensor, seeds: Sequence[int], temperature: float

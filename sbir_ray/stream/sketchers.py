@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sbir_ray.config import to_dict
 from sbir_ray.data import trace
 from sbir_ray.data.strokes import CANVAS, Strokes, fit
 from sbir_ray.errors import UserError
@@ -143,7 +144,7 @@ class GeneratorSketcher:
     def __init__(self, spec: SketcherSpec) -> None:
         import torch
 
-        from sbir_ray.runs import load_discriminator, load_generator
+        from sbir_ray.runs import generator_training, load_discriminator, load_generator
 
         torch.set_num_threads(spec.threads)
         run = Path(spec.source)
@@ -152,13 +153,14 @@ class GeneratorSketcher:
         self.temperature = spec.temperature
         self.version = trained.version
         self.digest = trained.digest
-        self.config = {"generator": trained.record["config"]["model"]}
+        self.config = {"generator": to_dict(generator_training(trained.record, run).model)}
         self.judged = judge is not None
         self.generator = trained.model.to(self.device)
         self.discriminator = None if judge is None else judge.model.to(self.device)
         if judge is not None:
             self.digest = f"{trained.digest}-{judge.digest}"
-            self.config["discriminator"] = judge.record["config"]["discriminator"]
+            critic = generator_training(judge.record, run).discriminator
+            self.config["discriminator"] = to_dict(critic)
         self.image_size = self.generator.config.image_size
         self.decoder = self.generator.decoder()
 

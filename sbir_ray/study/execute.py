@@ -168,7 +168,7 @@ class _Tasks:
 
 
 class _Line:
-    """How far the study is, in steps of training."""
+    """How far the study is, by the cost of its pieces."""
 
     def __init__(self, bar: Progress, waiting: Mapping[str, Work]) -> None:
         self.bar = bar

@@ -133,13 +133,21 @@ class Plan:
                 f"{variant.name}: no photo is without a sketch at labels={cell.labels:g}; "
                 "give --photos, or fewer labels"
             )
-        try:
-            config = variant.change(replace(self.base, seed=cell.seed))
-        except ValueError as error:
-            raise UserError(f"{variant.name}: {error}") from error
+        config = self.changed(variant, cell.seed)
         if variant.how == "joint":
             return self._joint(variant.name, config, cell)
         return self._alone(variant, config, cell)
+
+    def changed(self, variant: Variant, seed: int) -> JointTraining:
+        """The study's configuration as the variant has it.
+
+        Raises:
+            UserError: the variant contradicts another setting.
+        """
+        try:
+            return variant.change(replace(self.base, seed=seed))
+        except ValueError as error:
+            raise UserError(f"{variant.name}: {error}") from error
 
     def _joint(self, name: str, config: JointTraining, cell: Cell) -> Trained:
         teacher, generator = self.teacher(cell), self.generator(cell, config)

@@ -116,15 +116,16 @@ def run_study(
     Raises:
         UserError: data, settings or rows that the user has to change; ``out`` holds another study.
     """
-    _check(request)
     out = out.resolve()
+    plan = _empty_plan(request, out)
+    _check(request, plan)
     with _only_one(out, request):
         from sbir_ray.stream.cluster import connect
 
         with connect(address):
             parallel = _room(parallel, cpus, gpu, address)
             cells = _cells(request, out / "data", progress)
-            plan, rows = _plan(request, out, cells)
+            rows = _rows(request, plan, cells)
             shutil.rmtree(out / "failures", ignore_errors=True)
             failed = execute(
                 list(plan.work.values()),
@@ -137,10 +138,11 @@ def run_study(
         return _write(request, out, plan, rows, failed)
 
 
-def _check(request: Request) -> None:
+def _check(request: Request, plan: Plan) -> None:
     """Refuse what would fail late."""
-    if request.rows and request.study == "ablation":
-        studies.chosen(studies.ablation_variants(request.config), request.rows)
+    if request.study == "ablation":
+        for variant in studies.chosen(studies.ablation_variants(plan.base), request.rows):
+            plan.changed(variant, plan.base.seed)
     header = read_header(request.pairs)["splits"]
     if not header[request.split]["sketches"]:
         raise UserError(
@@ -226,8 +228,8 @@ def _doubling(most: int) -> list[int]:
     return [0, *sorted({most >> halvings for halvings in range(_DOUBLINGS + 1)} - {0})]
 
 
-def _plan(request: Request, out: Path, cells: Sequence[Cell]) -> tuple[Plan, list[Row]]:
-    plan = Plan(
+def _empty_plan(request: Request, out: Path) -> Plan:
+    return Plan(
         out,
         request.config,
         str(request.pairs.resolve()),
@@ -235,14 +237,16 @@ def _plan(request: Request, out: Path, cells: Sequence[Cell]) -> tuple[Plan, lis
         "" if request.gallery is None else str(request.gallery.resolve()),
         "" if request.judge is None else str(request.judge.resolve()),
     )
+
+
+def _rows(request: Request, plan: Plan, cells: Sequence[Cell]) -> list[Row]:
     if request.study == "ablation":
-        return plan, studies.ablation(plan, cells, request.rows)
-    made: dict[str, Callable[[Plan, Sequence[Cell]], list[Row]]] = {
-        "labels": studies.labels,
-        "photos": studies.photos,
-        "generation": studies.generation,
-    }
-    return plan, made[request.study](plan, cells)
+        return studies.ablation(plan, cells, request.rows)
+    if request.study == "labels":
+        return studies.labels(plan, cells)
+    if request.study == "photos":
+        return studies.photos(plan, cells)
+    return studies.generation(plan, cells)
 
 
 def _write(

@@ -203,11 +203,14 @@ def plot(study: str, rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 def _lines(axes: Axes, rows: Sequence[Mapping[str, Any]], across: str) -> None:
     names = list(dict.fromkeys(row["series"] for row in rows))
+    places = [row["x"] for row in rows] or [0]
+    # Beside each other, so that one bar does not hide another.
+    apart = 0.012 * (max(places) - min(places))
     for i, name in enumerate(names):
         mine = [row for row in rows if row["series"] == name]
         found = [row["accuracy"]["acc@1"] for row in mine]
         axes.errorbar(
-            [row["x"] for row in mine],
+            [row["x"] + apart * (i - (len(names) - 1) / 2) for row in mine],
             [100 * one["mean"] for one in found],
             yerr=_bars(found),
             label=mine[0]["title"],

@@ -21,8 +21,11 @@ from sbir_ray.train.job import Job
 
 TRACERS = ("contours", "edges")
 """Sketchers that are not trained."""
-SEARCH_COST = 5
-"""Of a search or of drawings, in steps of training: for the time left, roughly."""
+SEARCH_COST = 10
+"""Of a search or of drawings. All costs are in steps of F on labelled pairs alone, as measured on
+two cores: for the time left, roughly."""
+_JOINT_COST, _PSEUDO_COST = 5, 3
+"""Of a step of joint training; of F's on pseudo pairs as well, with a teacher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +48,13 @@ class Train:
 
     @property
     def cost(self) -> int:
-        """Steps of training."""
-        return sum(_steps(job) for job in self.jobs)
+        """Of all its steps."""
+        return sum(_weight(job) * _steps(job) for job in self.jobs)
 
     @property
     def spent(self) -> int:
-        """Steps that have been logged."""
-        return sum(_last_step(Path(job.out)) for job in self.jobs)
+        """Cost of the steps that have been logged."""
+        return sum(_weight(job) * _last_step(Path(job.out)) for job in self.jobs)
 
     def perform(self, gpu: bool) -> None:
         """Train what is left, in this process."""
@@ -169,6 +172,12 @@ def _record(run: Path) -> dict[str, Any]:
     from sbir_ray.runs import read_run
 
     return read_run(run) if (run / "run.json").exists() else {}
+
+
+def _weight(job: Job) -> int:
+    if job.kind == "joint":
+        return _JOINT_COST
+    return _PSEUDO_COST if "pseudo" in job.inputs else 1
 
 
 def _steps(job: Job) -> int:

@@ -35,7 +35,7 @@ from sbir_ray.train import batch_rows
 from sbir_ray.train.exhibits import MOST_PAIRS
 from sbir_ray.train.position import Stream, rng_of
 from sbir_ray.train.ranks import Ranks
-from sbir_ray.train.retrieval_task import PseudoRow
+from sbir_ray.train.retrieval_task import PseudoRow, number_of
 
 if TYPE_CHECKING:
     from sbir_ray.stream.live import Shard
@@ -110,11 +110,14 @@ class ActorsDraw:
 class LearnersDraw:
     """The learners draw, photo by photo as a function of the step: repeatable bit for bit."""
 
-    def __init__(self, photos: Path, sketcher: LiveSketcher, sides: Sides, seed: int) -> None:
+    def __init__(
+        self, photos: Path, sketcher: LiveSketcher, sides: Sides, config: JointTraining
+    ) -> None:
         sets = {side: PhotoSet.load(photos, side) for side in sides.all}
         self.ids = sets[sides.g].photo_ids
         self.photos = {side: photo_set.photos for side, photo_set in sets.items()}
-        self.sketcher, self.seed = sketcher, seed
+        self.sketcher, self.seed = sketcher, config.seed
+        self.tries = config.stream.max_tries
         self.streams: dict[str, Stream] = {}
 
     def rows(
@@ -124,13 +127,14 @@ class LearnersDraw:
         key = f"{kind} {attempt}"
         if key not in self.streams:
             self.streams[key] = Stream(len(self.ids), self.seed, "unlabelled", key)
-        places = [self.streams[key].at(step * count + slot)[1] for slot in slots]
-        tickets = [step * count + slot for slot in slots]
+        positions = [step * count + slot for slot in slots]
+        places = [self.streams[key].at(position)[1] for position in positions]
+        tickets = [position * self.tries + attempt for position in positions]
         return self.sketcher.draw(
             tickets,
             [self.ids[i] for i in places],
             [{side: photos[i] for side, photos in self.photos.items()} for i in places],
-            [drawing_seed(self.seed, key, ticket) for ticket in tickets],
+            [drawing_seed(self.seed, key, position) for position in positions],
             samples=None if kind == "policy" else 0,
         )
 
@@ -407,6 +411,8 @@ class PolicyBatch:
     photo_g: Tensor
     photo_d: Tensor
     """uint8 (R, 3, S, S), at the sides of F, G and D."""
+    photo_id_R: Tensor
+    """int64, of ``number_of``: the same photo may come twice."""
     row_of_b: Tensor
     """Which photo each drawing shows."""
     rows_bT5: Tensor
@@ -446,6 +452,7 @@ def policy_batch(rows: Sequence[LiveRow], sides: Sides, config: GeneratorTrainin
         photo_f=photos(sides.f),
         photo_g=photos(sides.g),
         photo_d=photos(sides.d),
+        photo_id_R=torch.tensor([number_of(row.photo_id) for row in rows]),
         row_of_b=torch.tensor([i for i, _ in samples]),
         rows_bT5=points,
         length_b=torch.tensor([len(sample.rows) for _, sample in samples]),

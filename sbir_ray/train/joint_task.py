@@ -56,7 +56,7 @@ from sbir_ray.train.joint_rows import (
 )
 from sbir_ray.train.position import Stream
 from sbir_ray.train.ranks import Ranks
-from sbir_ray.train.retrieval_task import RetrievalBatch, RetrievalTask
+from sbir_ray.train.retrieval_task import RetrievalBatch, RetrievalTask, one_column_each
 
 if TYPE_CHECKING:
     from sbir_ray.stream.live import Shard
@@ -76,6 +76,15 @@ class GeneratorTurn:
 
     labelled: GeneratorBatch
     drawn: PolicyBatch | None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Embedded photos, one column each."""
+
+    photo_PD: Tensor
+    of_R: Tensor
+    """Column of each of this rank's photos."""
 
 
 class JointTask:
@@ -146,19 +155,18 @@ class JointTask:
         self.live = live
         source: Source
         if live is None:
-            source = LearnersDraw(self.photos, self.sketcher, self.sides, config.seed)
+            source = LearnersDraw(self.photos, self.sketcher, self.sides, config)
         else:
             source = ActorsDraw(live)
         self.rows = DrawnRows(source, config, ranks)
+        self.folder = Path(pairs)
         self.exhibits: Exhibits | None = None
-        if ranks.rank == 0:
-            self.exhibits = self._exhibits(Path(pairs))
 
-    def _exhibits(self, pairs: Path) -> Exhibits:
+    def _exhibits(self) -> Exhibits:
         """Validation photos where there are some: they show what G makes of new ones."""
         split: Split = "val" if self.g.held_out else "train"
         g = self.g.held_out or self.g.pairs
-        d = PairSet.load(pairs, split, self.sides.d)
+        d = PairSet.load(self.folder, split, self.sides.d)
         ids = d.photo_ids[:SHOWN]
         return Exhibits(self.run, ids, g.photos[: len(ids)], d.photos[: len(ids)])
 
@@ -264,17 +272,15 @@ class JointTask:
             self.f.model.eval()
             with frozen(self.f.model, self.d):
                 map_RCHW = self.g.model.encode(drawn.photo_g)
-                with torch.no_grad():
-                    photo_RD = self.f.model.embed_photos(drawn.photo_f).float()
-                    photo_PD = self.ranks.gather(photo_RD)
+                photos = self._columns(drawn)
                 if config.reinforces:
-                    policy = policy_losses(self._policy_rows(drawn, map_RCHW, photo_PD), config)
+                    policy = policy_losses(self._policy_rows(drawn, map_RCHW, photos), config)
                 if config.softens:
-                    soft = self._soft(drawn, map_RCHW, photo_PD)
+                    soft = self._soft(drawn, map_RCHW, photos)
         rising = ramp(step, schedule.policy_warmup, schedule.policy_ramp)
         return joint_generator_losses(vae, config, rising, policy, soft)
 
-    def _policy_rows(self, drawn: PolicyBatch, map_RCHW: Tensor, photo_PD: Tensor) -> PolicyRows:
+    def _policy_rows(self, drawn: PolicyBatch, map_RCHW: Tensor, photos: Columns) -> PolicyRows:
         """The sampled drawings of all ranks with their rewards."""
         config, gather = self.config.policy, self.ranks.gather
         log_prob_BT = self.g.model.log_prob_of_map(
@@ -283,18 +289,17 @@ class JointTask:
             drawn.length_b,
             last_only=config.layers == "last",
         )
-        photo_R = self._columns(len(map_RCHW))
-        reward_b = self._rewards(drawn, drawn.row_of_b, drawn.sketch_f, drawn.sketch_d, photo_PD)
+        reward_b = self._rewards(drawn, drawn.row_of_b, drawn.sketch_f, drawn.sketch_d, photos)
         greedy_R = torch.zeros(len(map_RCHW), device=self.device)
         if config.baseline == "greedy":
             every = torch.arange(len(map_RCHW), device=self.device)
-            greedy_R = self._rewards(drawn, every, drawn.pseudo_f, drawn.pseudo_d, photo_PD)
+            greedy_R = self._rewards(drawn, every, drawn.pseudo_f, drawn.pseudo_d, photos)
         return PolicyRows(
             log_prob_B=gather(log_prob_BT.sum(1)),
             rows_B=gather(drawn.length_b),
             behaviour_B=gather(drawn.behaviour_b),
             reward_B=gather(reward_b),
-            photo_B=gather(photo_R[drawn.row_of_b]),
+            photo_B=gather(photos.of_R[drawn.row_of_b]),
             greedy_B=gather(greedy_R[drawn.row_of_b]),
         )
 
@@ -305,16 +310,17 @@ class JointTask:
         row_of_b: Tensor,
         sketch_f: Tensor,
         sketch_d: Tensor,
-        photo_PD: Tensor,
+        photos: Columns,
     ) -> Tensor:
         """Eq. 8 of this rank's drawings, among the photos of all ranks."""
         sketch_bD = self.f.model.embed_sketches(sketch_f).float()
         certainty_b = self.d.certainty(drawn.photo_d[row_of_b], sketch_d).float()
-        column_b = self._columns(len(drawn.photo_d))[row_of_b]
+        column_b = photos.of_R[row_of_b]
         margin = self.config.retrieval.loss.margin
-        return rewards(sketch_bD, photo_PD, column_b, certainty_b, margin, self.config.policy)
+        config = self.config.policy
+        return rewards(sketch_bD, photos.photo_PD, column_b, certainty_b, margin, config)
 
-    def _soft(self, drawn: PolicyBatch, map_RCHW: Tensor, photo_PD: Tensor) -> Tensor:
+    def _soft(self, drawn: PolicyBatch, map_RCHW: Tensor, photos: Columns) -> Tensor:
         """Minus the mean reward of one drawing a photo, with gradients through its raster."""
         config = self.config.policy
         first_R = torch.arange(len(map_RCHW), device=self.device) * config.samples
@@ -327,16 +333,18 @@ class JointTask:
         if d_side != f_side:
             small_RSS = soft_rasterise(points_RN2, pen_RN, d_side, config.soft_sigma)
         sketch_RD = self.f.model.embed_sketches(sketch_RSS)
-        column_R = self._columns(len(map_RCHW))
         margin = self.config.retrieval.loss.margin
-        retrieval_R = mean_triplet(sketch_RD, photo_PD, column_R, margin)
+        retrieval_R = mean_triplet(sketch_RD, photos.photo_PD, photos.of_R, margin)
         certainty_R = self.d.certainty(drawn.photo_d, small_RSS)
         return soft_losses(self.ranks.gather(retrieval_R), self.ranks.gather(certainty_R), config)
 
-    def _columns(self, count: int) -> Tensor:
-        """Place of each of this rank's photos among those of all ranks."""
-        own = torch.arange(count, device=self.device)
-        return own * self.ranks.world + self.ranks.rank
+    @torch.no_grad()
+    def _columns(self, drawn: PolicyBatch) -> Columns:
+        """The photos of all ranks, among which drawings are searched with."""
+        photo_ND = self.ranks.gather(self.f.model.embed_photos(drawn.photo_f).float())
+        columns, place_N = one_column_each(self.ranks.gather(drawn.photo_id_R))
+        own = self.ranks.mine(len(place_N))
+        return Columns(photo_ND[columns], place_N[own.start : own.stop : own.step])
 
     # ----------------------------------------------------------------------- between steps
 
@@ -362,9 +370,11 @@ class JointTask:
         """See :class:`Task`."""
         self.rows.restore(state.get("rows", {}))
         self._publish(self.version(step))
-        if self.exhibits is not None:
+        if self.ranks.rank == 0:
+            self.exhibits = self._exhibits()
             self.exhibits.resume(step)
-            self.exhibits.draw(step, self.version(step), self.g.model, self.d)
+            if step == 0:
+                self.exhibits.draw(0, 0, self.g.model, self.d)
 
     def state(self) -> dict[str, Any]:
         """See :class:`Task`."""

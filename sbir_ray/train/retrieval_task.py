@@ -207,12 +207,10 @@ class RetrievalTask(OnePlayer):
             sketches = model.embed_sketches(batch.sketch_bSS.to(self.device))
         own = len(batch.photo_bCSS)
         gather = self._gatherer(batch.labelled)
-        ids = torch.cat([gather(batch.photo_id_b), self.ranks.gather(batch.extra_id_n)]).tolist()
-        # One column a photo: a photo that came twice must not be its own negative.
-        first = {name: i for i, name in reversed(list(enumerate(ids)))}
-        columns = sorted(first.values())
-        place = {ids[column]: i for i, column in enumerate(columns)}
-        own_ids = ids[: own * self.ranks.world]
+        ids = torch.cat(
+            [gather(batch.photo_id_b), self.ranks.gather(batch.extra_id_n.to(self.device))]
+        )
+        columns, place_N = one_column_each(ids)
         photo_PD = torch.cat(
             [gather(photos[:own].float()), self.ranks.gather(photos[own:].float())]
         )
@@ -220,7 +218,7 @@ class RetrievalTask(OnePlayer):
         return PairRows(
             sketch_BD=gather(sketches.float()),
             photo_PD=photo_PD[columns],
-            photo_of_B=torch.tensor([place[name] for name in own_ids], device=self.device),
+            photo_of_B=place_N[: own * self.ranks.world],
             labelled_B=gather(labelled_b).to(self.device),
             certainty_B=gather(batch.certainty_b).to(self.device),
             kept_B=gather(batch.kept_b).to(self.device),
@@ -235,6 +233,14 @@ class RetrievalTask(OnePlayer):
             return torch.cat(moved)
 
         return gather
+
+
+def one_column_each(id_N: Tensor) -> tuple[Tensor, Tensor]:
+    """A photo that comes twice must not be its own negative: the photos' first rows (P,), and the
+    place of each row's photo among them (N,)."""
+    _, first = np.unique(id_N.cpu().numpy(), return_index=True)
+    columns = torch.from_numpy(np.sort(first)).to(id_N.device)
+    return columns, (id_N[:, None] == id_N[columns]).int().argmax(1)
 
 
 def number_of(photo_id: str) -> int:

@@ -8,8 +8,8 @@ import pytest
 
 from sbir_ray import checkpoint
 from sbir_ray.errors import UserError
-from sbir_ray.train.launch import train
 from sbir_ray.train.job import Job
+from sbir_ray.train.launch import train
 from tests.tiny import retrieval_config, tiny_pairs
 
 

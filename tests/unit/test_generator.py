@@ -302,6 +302,19 @@ def test_log_prob_of_a_drawing_is_that_of_the_training_graph(temperature: float)
         )
 
 
+def test_of_the_longest_drawings_the_end_is_as_likely_as_not_to_end() -> None:
+    """It changes nothing of the drawing, so the policy gradient must not see it."""
+    generator = small(max_points=3)
+    photo = photos(1).expand(40, -1, -1, -1)
+    drawings = [d for d in generator.draw(photo, range(40), 1.0) if len(d.rows) >= 3]
+    longest = [d for d in drawings if sketches.count_points(d.strokes) == 3]
+    assert {d.ended for d in longest} == {True, False}
+    for drawing in longest:
+        points, length = padded([drawing.rows[:3]])
+        value = float(generator.log_prob(photo[:1], points, length).sum().detach())
+        assert drawing.log_prob == pytest.approx(value, abs=2e-3)
+
+
 def test_some_of_the_drawings_tested_end_and_some_do_not() -> None:
     ended = {d.ended for d in small().draw(photos(8), range(8), 1.0)}
     assert ended == {True, False}

@@ -1,4 +1,4 @@
-"""Tickets: every photo once an epoch, in an order that the seed alone decides, from a few groups."""
+"""Tickets: every photo once an epoch, in an order that the seed alone decides."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Live rows: drawn as the generator draws, by weights that may be replaced, and whole on arrival."""
+"""Live rows: drawn as the generator draws, by weights that may be replaced; whole on arrival."""
 
 import copy
 import dataclasses

@@ -34,26 +34,30 @@ def job_of(kind, out, pairs, **more):
     return Job(kind, str(out), config, {"pairs": str(pairs), **more})
 
 
-def gradients(job, ranks):
-    """Losses and gradients of the first step, summed over the ranks."""
+def gradients(job, ranks, step=0):
+    """Losses and gradients of a step, summed over the ranks."""
+    Path(job.out).mkdir(parents=True, exist_ok=True)
     task = loop.build(job, ranks, CPU)
+    task.restore(0, {})
     task.trained.train()
-    losses = task.losses(task.batch(0), 0)
+    losses = task.losses(task.batch(step), step)
     losses["loss"].backward()
-    named = [(n, p) for n, p in task.trained.named_parameters() if p.requires_grad]
+    players = task.turn(step).values()
+    mine = {id(p) for player in players for p in player.parameters}
+    named = [(n, p) for n, p in task.trained.named_parameters() if id(p) in mine]
     ranks.sum_gradients([p for _, p in named])
     found = {f"loss {k}": v.detach().clone() for k, v in losses.items()}
     found.update({f"gradient {n}": p.grad.clone() for n, p in named if p.grad is not None})
     return found
 
 
-def _worker(rank, world, port, jobs, out):
+def _worker(rank, world, port, jobs, steps, out):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
-        for number, job in enumerate(jobs):
-            found = gradients(job, Ranks(rank, world))
+        for number, (job, step) in enumerate(zip(jobs, steps, strict=True)):
+            found = gradients(job, Ranks(rank, world), step)
             save_file(found, out / f"{number}-{rank}.safetensors")
         dist.barrier()
     finally:
@@ -62,12 +66,14 @@ def _worker(rank, world, port, jobs, out):
     os._exit(0)
 
 
-def in_processes(jobs, out, world=2):
+def in_processes(jobs, out, world=2, steps=None):
+    """The gradients of each job's step, the first by default, by rank."""
     out.mkdir()
+    steps = steps or [0] * len(jobs)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_worker, (world, port, jobs, out), nprocs=world)
+    mp.spawn(_worker, (world, port, jobs, steps, out), nprocs=world)
     return [
         [load_file(out / f"{number}-{rank}.safetensors") for rank in range(world)]
         for number in range(len(jobs))
