@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sbir_ray.config import SCHEMA_VERSION
 from sbir_ray.data.pairs import PairSet, Split
 from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.data.raster import rasterise
@@ -17,6 +16,7 @@ from sbir_ray.evaluate import Evaluation, evaluate_retrieval, ranks
 from sbir_ray.runlog import versions, write_json_atomic
 from sbir_ray.runs import load_retrieval
 from sbir_ray.stream.pseudo_store import PseudoSet
+from sbir_ray.strict import SCHEMA_VERSION
 
 
 def evaluate_run(

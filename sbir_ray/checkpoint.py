@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sbir_ray.config import SCHEMA_VERSION, check_schema
 from sbir_ray.errors import DamagedError
 from sbir_ray.runlog import write_json_atomic
+from sbir_ray.strict import SCHEMA_VERSION, check_schema
 
 MANIFEST = "manifest.json"
 

@@ -14,6 +14,7 @@ import click
 
 import sbir_ray
 from sbir_ray import config as settings
+from sbir_ray import strict
 from sbir_ray.cli_options import (
     FOLDER,
     NAMES,
@@ -66,7 +67,7 @@ def show_settings(what: str) -> None:
     """
     for cls, name in NAMES.items():
         if name == what:
-            click.echo(settings.to_toml(cls()), nl=False)
+            click.echo(strict.to_toml(cls()), nl=False)
 
 
 @cli.command()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from sbir_ray import config as settings
+from sbir_ray import strict
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
@@ -26,7 +27,7 @@ def with_settings(cls: type[Any], seed: bool = True) -> Callable[[F], F]:
             if seed and rest.get("seed") is not None:
                 chosen.append(f"seed={rest['seed']}")
             rest.pop("seed", None)
-            return command(config=settings.load(cls, config_file, chosen), **rest)
+            return command(config=strict.load(cls, config_file, chosen), **rest)
 
         wrapped: Any = with_config
         wrapped.__doc__ = command.__doc__

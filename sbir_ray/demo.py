@@ -21,7 +21,6 @@ from typing import Any
 from sbir_ray import report
 from sbir_ray.assess import evaluate_run
 from sbir_ray.config import (
-    SCHEMA_VERSION,
     DiscriminatorConfig,
     GeneratorConfig,
     GeneratorTraining,
@@ -32,8 +31,6 @@ from sbir_ray.config import (
     RetrievalTraining,
     SaveConfig,
     SketchConfig,
-    digest,
-    to_dict,
 )
 from sbir_ray.data.layouts import PACKAGE, ImportOptions, import_pairs
 from sbir_ray.data.pairs import PairSet, split_labels
@@ -46,6 +43,7 @@ from sbir_ray.stream.cluster import connect
 from sbir_ray.stream.ingest import ingest
 from sbir_ray.stream.pseudo_store import PseudoSet
 from sbir_ray.stream.sketching import sketch
+from sbir_ray.strict import SCHEMA_VERSION, digest, to_dict
 from sbir_ray.train.job import Job
 from sbir_ray.train.launch import train
 from sbir_ray.train.tasks import generator_jobs

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbir_ray.certainty import Decile
-from sbir_ray.config import check_schema
 from sbir_ray.data.photos import decode_stored
 from sbir_ray.data.strokes import Strokes, unflatten
 from sbir_ray.errors import DamagedError
+from sbir_ray.strict import check_schema
 
 Bytes = NDArray[np.uint8]
 

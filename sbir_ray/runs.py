@@ -11,18 +11,12 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from sbir_ray import checkpoint
-from sbir_ray.config import (
-    GeneratorTraining,
-    JointTraining,
-    RetrievalConfig,
-    RetrievalTraining,
-    check_schema,
-    from_dict,
-)
+from sbir_ray.config import GeneratorTraining, JointTraining, RetrievalConfig, RetrievalTraining
 from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.models.discriminator import PairDiscriminator
 from sbir_ray.models.generator import Generator
 from sbir_ray.models.retrieval import RetrievalNet
+from sbir_ray.strict import check_schema, from_dict
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")

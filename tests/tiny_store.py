@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sbir_ray.config import SCHEMA_VERSION
 from sbir_ray.data import photos
+from sbir_ray.strict import SCHEMA_VERSION
 from tests.tiny import photo
 
 

@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import sbir_ray
-from sbir_ray.config import SCHEMA_VERSION, check_schema
 from sbir_ray.data import photos as photo_files
 from sbir_ray.data.atomic import new_folder
 from sbir_ray.data.photos import PHOTO_SCHEMA, PhotoRow
 from sbir_ray.data.strokes import Strokes, unflatten
 from sbir_ray.errors import DamagedError, UserError
+from sbir_ray.strict import SCHEMA_VERSION, check_schema
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

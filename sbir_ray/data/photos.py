@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from sbir_ray.config import check_schema
 from sbir_ray.errors import UserError
+from sbir_ray.strict import check_schema
 
 Rgb = npt.NDArray[np.uint8]
 """(H, W, 3) red, green, blue."""

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sbir_ray.config import SCHEMA_VERSION, IngestConfig, to_dict
+from sbir_ray.config import IngestConfig
 from sbir_ray.data.photos import PHOTO_SCHEMA, PhotoError, PhotoLimits
 from sbir_ray.errors import UserError
 from sbir_ray.runlog import Ledger, Progress, building, versions, write_json_atomic
@@ -31,6 +31,7 @@ from sbir_ray.stream.attempts import KILLED, LIMIT, Attempts
 from sbir_ray.stream.cluster import run_tasks
 from sbir_ray.stream.duplicates import Forbidden, decide
 from sbir_ray.stream.photo_sources import Load, Unit, list_units
+from sbir_ray.strict import SCHEMA_VERSION, to_dict
 
 LEDGER_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("uri", "photo_id", "status", "reason", "detail")]

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sbir_ray.config import check_schema
 from sbir_ray.data.photos import align, decode_stored
 from sbir_ray.data.strokes import Strokes, unflatten
 from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.runlog import Ledger
+from sbir_ray.strict import check_schema
 
 PSEUDO_SCHEMA = pa.schema(
     [

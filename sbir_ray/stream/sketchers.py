@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sbir_ray.config import to_dict
 from sbir_ray.data import trace
 from sbir_ray.data.strokes import CANVAS, Strokes, fit
 from sbir_ray.errors import UserError
+from sbir_ray.strict import to_dict
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,7 +25,7 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
-from sbir_ray.config import SCHEMA_VERSION, SketchConfig, to_dict
+from sbir_ray.config import SketchConfig
 from sbir_ray.data.photos import align, decode_stored, read_store
 from sbir_ray.data.strokes import count_points, flatten
 from sbir_ray.errors import SbirError, UserError
@@ -40,6 +40,7 @@ from sbir_ray.stream.filters import (
 )
 from sbir_ray.stream.pseudo_store import HEADER, PSEUDO_SCHEMA
 from sbir_ray.stream.sketchers import Drawn, Sketcher, SketcherSpec
+from sbir_ray.strict import SCHEMA_VERSION, to_dict
 
 MAX_ERRORS = 0.5
 """Share of rows that may fail by an error before the run stops: then it is not the photos."""

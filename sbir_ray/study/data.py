@@ -14,12 +14,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sbir_ray.config import SCHEMA_VERSION
 from sbir_ray.data.atomic import new_folder
 from sbir_ray.data.pairs import hash_of, iter_photos, iter_sketches, split_labels
 from sbir_ray.data.photos import PHOTO_SCHEMA, PhotoRow, read_store
 from sbir_ray.errors import UserError
 from sbir_ray.runlog import Ledger, Progress, versions, write_json_atomic
+from sbir_ray.strict import SCHEMA_VERSION
 
 _SHARD_ROWS = 512
 _ROW_GROUP = 64

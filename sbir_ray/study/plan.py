@@ -19,11 +19,10 @@ from sbir_ray.config import (
     RetrievalTraining,
     ScheduleConfig,
     SketchConfig,
-    digest,
-    to_dict,
 )
 from sbir_ray.data.pairs import Split
 from sbir_ray.errors import UserError
+from sbir_ray.strict import digest, to_dict
 from sbir_ray.study.data import Cell
 from sbir_ray.study.work import Draw, Measure, Train, Work
 from sbir_ray.train.job import Config, Job

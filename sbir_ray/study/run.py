@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sbir_ray.config import SCHEMA_VERSION, JointTraining, check_schema, to_dict, to_toml
+from sbir_ray.config import JointTraining
 from sbir_ray.data.pairs import Split, read_header
 from sbir_ray.data.photos import read_store
 from sbir_ray.errors import UserError
 from sbir_ray.runlog import Progress, versions, write_json_atomic
+from sbir_ray.strict import SCHEMA_VERSION, check_schema, to_dict, to_toml
 from sbir_ray.study import studies
 from sbir_ray.study.data import Cell, part_of_pool, prepare
 from sbir_ray.study.execute import execute

@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sbir_ray.certainty import certainty_deciles, pick_evenly
-from sbir_ray.config import SCHEMA_VERSION
 from sbir_ray.data.photos import encode_jpeg
 from sbir_ray.data.raster import rasterise
 from sbir_ray.data.strokes import Strokes, fit, flatten
@@ -37,6 +36,7 @@ from sbir_ray.models.discriminator import PairDiscriminator
 from sbir_ray.models.generator import GREEDY, Generator
 from sbir_ray.models.retrieval import RetrievalNet
 from sbir_ray.runlog import write_json_atomic
+from sbir_ray.strict import SCHEMA_VERSION
 from sbir_ray.train.job import Board
 
 Bytes = NDArray[np.uint8]

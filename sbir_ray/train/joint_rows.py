@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sbir_ray.config import SCHEMA_VERSION, FilterConfig, GeneratorTraining, JointTraining
+from sbir_ray.config import FilterConfig, GeneratorTraining, JointTraining
 from sbir_ray.data import raster, strokes
 from sbir_ray.data.pairs import PairSet
 from sbir_ray.data.photo_set import PhotoSet
@@ -31,6 +31,7 @@ from sbir_ray.runlog import Ledger, write_json_atomic
 from sbir_ray.stream.exchange import Fate
 from sbir_ray.stream.filters import filter_reason
 from sbir_ray.stream.live_rows import LiveRow, LiveSketcher
+from sbir_ray.strict import SCHEMA_VERSION
 from sbir_ray.train import batch_rows
 from sbir_ray.train.exhibits import MOST_PAIRS
 from sbir_ray.train.position import Stream, rng_of

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from sbir_ray import checkpoint
-from sbir_ray.config import SCHEMA_VERSION, AdamConfig, digest, to_dict
+from sbir_ray.config import AdamConfig
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.runlog import versions, write_json_atomic
 from sbir_ray.runs import read_run
+from sbir_ray.strict import SCHEMA_VERSION, digest, to_dict
 from sbir_ray.train.job import Board, Job, Task
 from sbir_ray.train.ranks import Ranks
 from sbir_ray.train.tasks import build

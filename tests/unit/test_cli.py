@@ -7,7 +7,7 @@ import tomllib
 import click
 import pytest
 
-from sbir_ray import cli, config
+from sbir_ray import cli, strict
 from tests.tiny import tiny_pairs
 
 
@@ -42,7 +42,7 @@ def test_every_command_has_help_with_an_example(monkeypatch, capsys, path):
 def test_printed_settings_are_a_file_that_loads_to_the_defaults(monkeypatch, capsys, name):
     _, out, _ = run(monkeypatch, capsys, "settings", name)
     (cls,) = (c for c, n in cli.NAMES.items() if n == name)
-    assert config.from_dict(cls, tomllib.loads(out)) == cls()
+    assert strict.from_dict(cls, tomllib.loads(out)) == cls()
 
 
 @pytest.mark.parametrize(

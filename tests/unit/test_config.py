@@ -5,16 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sbir_ray.config import (
-    GeneratorTraining,
-    RetrievalTraining,
-    check_schema,
-    digest,
-    from_dict,
-    load,
-    to_dict,
-)
+from sbir_ray.config import GeneratorTraining, RetrievalTraining
 from sbir_ray.errors import UserError
+from sbir_ray.strict import check_schema, digest, from_dict, load, to_dict
 
 
 def test_defaults_survive_the_way_through_plain_values():

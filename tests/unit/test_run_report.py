@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sbir_ray import joint_report, plots, run_report
-from sbir_ray.config import GeneratorTraining, to_dict
+from sbir_ray.config import GeneratorTraining
 from sbir_ray.data.pairs import PairSet
 from sbir_ray.data.strokes import unflatten
 from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.evaluate import Metrics, paired_difference, summarise
 from sbir_ray.report import headline, render
+from sbir_ray.strict import to_dict
 from tests.joint_run import LEDGER, POOL, leave_exhibits, log_steps, make_joint_run, write
 from tests.tiny import tiny_pairs
 

@@ -18,15 +18,13 @@ from sbir_ray.config import (
     PolicyConfig,
     RetrievalTraining,
     ScheduleConfig,
-    load,
-    to_dict,
-    to_toml,
 )
 from sbir_ray.data.pairs import hash_of
 from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.data.photos import read_store
 from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.runlog import Progress
+from sbir_ray.strict import load, to_dict, to_toml
 from sbir_ray.study import studies
 from sbir_ray.study.data import Cell, part_of_pool
 from sbir_ray.study.intervals import Found

@@ -1,0 +1,499 @@
+"""What joint training costs beside its arithmetic: waiting, Ray, and sending weights.
+
+    python -m tests.bench.bench_joint wait     [--steps 60] [--skip-turns 2] [--actors 1]
+    python -m tests.bench.bench_joint workers  [--steps 30] [--skip-turns 2] [--rounds 3]
+    python -m tests.bench.bench_joint publish  [--sizes default paper] [--steps 10]
+
+``wait``: one worker trains with what actors draw meanwhile. The share of the worker's time that it
+waited for the rows of a step. That is more than it waited for drawings, since a thread beside it
+makes rows of them. Goal, where the actors have capacity: at most 5%.
+
+``workers``: the same training by two Ray Train workers and by two processes of torchrun, in turns,
+one thread each, both drawing for themselves. Steps a second of Ray over those of torchrun. Goal: at
+least 0.95.
+
+``publish``: training that publishes after every step. The time that it costs the worker, beside
+that of a step, and the time until an actor draws with the weights.
+
+All train on made-up data with random weights, or on --pairs and --photos, from --teacher and
+--generator. The first turns (--skip-turns) count for none. For a look whether all works:
+``--size tiny --steps 15``, ``--sizes tiny``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sbir_ray.config import JointTraining
+from sbir_ray.errors import UserError
+from sbir_ray.runs import load_discriminator, load_generator
+from sbir_ray.stream import live
+from sbir_ray.stream.live_rows import LiveRow, LiveSketcher, Photos, published
+from sbir_ray.strict import from_dict, load, to_dict
+from sbir_ray.train.job import Job
+from sbir_ray.train.launch import Actors, train
+from sbir_ray.train.loop import fit
+from sbir_ray.train.ranks import Ranks
+from sbir_ray.train.tasks import joint_jobs
+from tests.tiny import tiny_pairs
+from tests.tiny_store import tiny_store
+
+REPOSITORY = Path(__file__).parents[2]
+
+TINY = (
+    "retrieval.model.image_size=64",
+    "retrieval.model.grid=2",
+    "retrieval.optim.batch_size=4",
+    "generator.model.image_size=64",
+    "generator.model.latent=8",
+    "generator.model.hidden=32",
+    "generator.model.attention=16",
+    "generator.model.mixtures=3",
+    "generator.model.max_points=24",
+    "generator.discriminator.channels=8",
+    "generator.discriminator.layers=2",
+    "generator.optim.batch_size=4",
+    "policy.batch_size=2",
+    "stream.batch_size=4",
+)
+# G and D of recipes/paper-generator.toml, with few rows a step: F and a step's rows are so small
+# that sending weights has a larger share of a step than it would have in earnest.
+PAPER = (
+    "retrieval.optim.batch_size=2",
+    "generator.model.backbone=vgg16",
+    "generator.model.image_size=256",
+    "generator.model.train_backbone=true",
+    "generator.model.latent=128",
+    "generator.model.hidden=512",
+    "generator.model.attention=256",
+    "generator.model.mixtures=20",
+    "generator.model.epsilon=3.0",
+    "generator.optim.batch_size=2",
+    "generator.discriminator.channels=64",
+    "generator.discriminator.image_size=256",
+    "generator.discriminator.batch_size=2",
+    "generator.discriminator.plain=true",
+    "policy.batch_size=2",
+    "stream.batch_size=2",
+)
+SIZES: Mapping[str, Sequence[str]] = {
+    "tiny": TINY,
+    "default": (),
+    "paper": PAPER,
+    "paper-frozen": (*PAPER, "generator.model.train_backbone=false"),
+}
+
+# --------------------------------------------------------------------------- marks
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """Something that a process did, by the clock that all processes of the machine share."""
+
+    what: str
+    began: float
+    ended: float
+    values: Mapping[str, float]
+
+
+def mark(folder: Path, what: str, began: float, **values: float) -> None:
+    """Note what ended now in a file of this process."""
+    line = {"what": what, "began": began, "ended": time.monotonic(), "values": values}
+    with (folder / f"{os.getpid()}.jsonl").open("a") as stream:
+        stream.write(json.dumps(line) + "\n")
+
+
+def read_marks(folder: Path) -> list[Mark]:
+    """Those of all processes, by their ends."""
+    lines = [line for file in folder.iterdir() for line in file.read_text().splitlines()]
+    return sorted((Mark(**json.loads(line)) for line in lines), key=lambda m: m.ended)
+
+
+def share(marks: Sequence[Mark], what: str, since: float, until: float) -> float:
+    """Of the time from ``since`` to ``until`` that ``what`` took."""
+    spans = [min(m.ended, until) - max(m.began, since) for m in marks if m.what == what]
+    return sum(span for span in spans if span > 0) / (until - since)
+
+
+class MarkedShard(live.Shard):
+    """Marks ``wait`` (for a drawing) and ``publish``."""
+
+    def __init__(self, actor: Any, rank: int, wait_limit: float, marks: Path) -> None:
+        super().__init__(actor, rank, wait_limit)
+        self.marks = marks
+
+    def next(self) -> LiveRow:
+        began, waited = time.monotonic(), self.waited
+        row = super().next()
+        if self.waited - waited > 1e-3:
+            mark(self.marks, "wait", began)
+        return row
+
+    def publish(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+        began = time.monotonic()
+        super().publish(version, tensors)
+        mark(self.marks, "publish", began, version=version)
+
+
+class MarkedSketcher:
+    """Marks ``load`` and ``draw``."""
+
+    def __init__(self, sketcher: LiveSketcher, marks: Path) -> None:
+        self.sketcher, self.marks = sketcher, marks
+        self.sides = sketcher.sides
+
+    def load(self, version: int, weights: Mapping[str, Any]) -> None:
+        began = time.monotonic()
+        self.sketcher.load(version, weights)
+        mark(self.marks, "load", began, version=version)
+
+    def draw(
+        self,
+        tickets: Sequence[int],
+        photo_ids: Sequence[str],
+        photos: Sequence[Photos],
+        seeds: Sequence[int],
+    ) -> list[LiveRow]:
+        began = time.monotonic()
+        rows = self.sketcher.draw(tickets, photo_ids, photos, seeds)
+        points = sum(row.drawn.rows for row in rows)
+        mark(self.marks, "draw", began, photos=len(rows), points=points)
+        return rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MarkedSpec(live.StreamSpec):
+    """Of actors that mark what they do."""
+
+    marks: Path
+
+    def make(self, references: NDArray[np.uint8] | None) -> Any:
+        return MarkedSketcher(super().make(references), self.marks)
+
+
+@contextmanager
+def marked(folder: Path) -> Iterator[None]:
+    """Streams that are started meanwhile leave marks in ``folder``."""
+    kept = live.Shard, live.StreamSpec
+    folder.mkdir()
+    replaced: Any = live
+    replaced.Shard = functools.partial(MarkedShard, marks=folder)
+    replaced.StreamSpec = functools.partial(MarkedSpec, marks=folder)
+    try:
+        yield
+    finally:
+        replaced.Shard, replaced.StreamSpec = kept
+
+
+# --------------------------------------------------------------------------- what is trained
+
+
+def prepared(options: argparse.Namespace, size: str, root: Path, *sets: str) -> Job:
+    """A joint job whose data and starting runs are there; the settings of the command line win."""
+    root.mkdir()
+    given = {
+        name: str(getattr(options, name).resolve())
+        for name in ("pairs", "photos", "teacher", "generator")
+        if getattr(options, name)
+    }
+    if ("pairs" in given) != ("photos" in given):
+        raise UserError("give --pairs and --photos, or neither")
+    if "pairs" not in given:
+        given["pairs"] = str(tiny_pairs(root / "pairs", train=options.made))
+        given["photos"] = str(tiny_store(root / "photos", 2 * options.made))
+    random = [
+        f"{network}.model.weights=none"
+        for network, run in (("retrieval", "teacher"), ("generator", "generator"))
+        if run not in given
+    ]
+    config = load(
+        JointTraining,
+        None,
+        [
+            *SIZES[size],
+            *random,
+            "retrieval.optim.steps=1",
+            f"generator.optim.steps={options.start_steps}",
+            "generator.discriminator.steps=1",
+            f"schedule.steps={options.steps}",
+            "save.log_every=1",
+            "save.checkpoint_every=1000000",
+            *sets,
+            *options.set,
+        ],
+    )
+    *before, job = joint_jobs(str(root / "start"), config, given)
+    train(before, workers=0)
+    return job
+
+
+def first_step(job: Job, turns: int) -> int:
+    """Steps of the first turns."""
+    assert isinstance(job.config, JointTraining)
+    schedule = job.config.schedule
+    if not schedule.generator_steps:
+        raise UserError("schedule.generator_steps=0: there are no turns to measure")
+    cycles, half = divmod(turns, 2)
+    cycle = schedule.retrieval_steps + schedule.generator_steps
+    steps = cycles * cycle + half * schedule.retrieval_steps
+    if not 0 < steps < schedule.steps:
+        raise UserError(f"--skip-turns {turns}: {steps} of {schedule.steps} steps; choose others")
+    return steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps of a run after the first turns."""
+
+    lines: Sequence[dict[str, float]]
+    seconds: Sequence[float]
+    """Of each."""
+
+    @classmethod
+    def of_run(cls, run: Path, skip: int) -> Steps:
+        """Those after the first ``skip``."""
+        read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in read if line["kind"] == "step" and line["step"] >= skip]
+        if len(lines) < 2 or lines[0]["step"] != skip or lines[-1]["seconds"] == 0:
+            raise UserError("too few steps were logged; leave save.log_every at 1")
+        ends = [line["seconds"] for line in lines]
+        return cls(lines[1:], [b - a for a, b in itertools.pairwise(ends)])
+
+    @property
+    def rate(self) -> float:
+        """Steps a second."""
+        return len(self.lines) / sum(self.seconds)
+
+    def waited(self, turn: int | None = None) -> float:
+        """Share of the time, of all steps or of a turn's (0: F and D, 1: G), spent waiting."""
+        chosen = [
+            (line["wait_share"] * seconds, seconds)
+            for line, seconds in zip(self.lines, self.seconds, strict=True)
+            if turn is None or line["turn"] == turn
+        ]
+        waited, whole = map(sum, zip(*chosen, strict=True))
+        return waited / max(whole, 1e-9)
+
+
+def trained(job: Job, out: Path, actors: int) -> tuple[list[Mark], list[Mark]]:
+    """Train ``job`` to ``out`` with one worker and ``actors``, one CPU each.
+
+    Returns:
+        All marks, and of them the publications, of which number v began version v.
+    """
+    folder = out.with_name(f"{out.name}-marks")
+    with marked(folder):
+        job = dataclasses.replace(job, out=str(out))
+        train([job], workers=1, cpus_per_worker=1.0, actors=Actors(actors, actors))
+    marks = read_marks(folder)
+    return marks, [m for m in marks if m.what == "publish"]
+
+
+# --------------------------------------------------------------------------- the three questions
+
+
+def wait(options: argparse.Namespace, root: Path) -> None:
+    """How long a learner waits for drawings."""
+    job = prepared(options, options.size, root / "wait")
+    skip = first_step(job, options.skip_turns)
+    run = root / "run"
+    marks, publications = trained(job, run, options.actors)
+    steps = Steps.of_run(run, skip)
+    span = publications[options.skip_turns].ended, publications[-1].began
+    busy = share(marks, "draw", *span) / options.actors
+    draws = [m for m in marks if m.what == "draw" and m.began > span[0]]
+    photos = sum(m.values["photos"] for m in draws)
+    points = sum(m.values["points"] for m in draws) / max(photos, 1)
+    fates = json.loads((run / "ledger.json").read_text())
+    by_step = statistics.mean(line["wait_share"] for line in steps.lines)
+    print(
+        f"{len(steps.lines)} steps, {steps.rate:.2f} a second; the learner waited for rows "
+        f"{steps.waited():.1%} of the time (mean over steps {by_step:.1%}; turns of F and D "
+        f"{steps.waited(0):.1%}, of G {steps.waited(1):.1%})\n"
+        f"the thread that makes its rows waited for drawings {share(marks, 'wait', *span):.1%} of "
+        f"the time\n"
+        f"{options.actors} actor(s) drew {busy:.1%} of the time, {photos / (span[1] - span[0]):.1f}"
+        f" photos a second, {points:.0f} points a drawing; of {fates['drawn']} photos "
+        f"{fates['used']} were used, {fates['stale']} stale, {sum(fates['filtered'].values())} "
+        f"filtered\n"
+        f"waiting {steps.waited():.1%} (goal, where actors have capacity: at most 5%)"
+    )
+
+
+def workers(options: argparse.Namespace, root: Path) -> None:
+    """Ray Train beside torchrun."""
+    job = prepared(options, options.size, root / "workers", "stream.sync=true")
+    skip = first_step(job, options.skip_turns)
+    ratios: list[float] = []
+    for number in range(options.rounds):
+        rates: dict[str, float] = {}
+        # Who comes first changes, in case the machine slows down or speeds up.
+        for name in ("Ray", "torchrun")[:: 1 if number % 2 == 0 else -1]:
+            one = dataclasses.replace(job, out=str(root / f"{name}-{number}"))
+            if name == "Ray":
+                train([one], workers=2, cpus_per_worker=1.0)
+            else:
+                with_torchrun(one, 2)
+            rates[name] = Steps.of_run(Path(one.out), skip).rate
+        ratios.append(rates["Ray"] / rates["torchrun"])
+        print(
+            f"Ray Train {rates['Ray']:.3f} steps/s, torchrun {rates['torchrun']:.3f}: ratio "
+            f"{ratios[-1]:.3f}",
+            flush=True,
+        )
+    print(f"median ratio {statistics.median(ratios):.3f} (goal: at least 0.95)")
+
+
+def with_torchrun(job: Job, processes: int) -> None:
+    """Train ``job`` by processes of torchrun, which run :func:`torchrun_worker`."""
+    out = Path(job.out)
+    out.mkdir()
+    record = {**dataclasses.asdict(job), "config": to_dict(job.config)}
+    (out / "job.json").write_text(json.dumps(record))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = f"torch.distributed.run --nproc-per-node {processes} --master-addr 127.0.0.1"
+    command = [sys.executable, "-m", *launcher.split(), "--master-port", str(port)]
+    command += ["-m", "tests.bench.bench_joint", "torchrun-worker", str(out)]
+    # One thread each is torchrun's default too, which it tells, unless it is asked for.
+    subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+
+
+def torchrun_worker(folder: Path) -> None:
+    """One of the processes."""
+    record = json.loads((folder / "job.json").read_text())
+    job = Job(**{**record, "config": from_dict(JointTraining, record["config"])})
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    fit(job, ranks, torch.device("cpu"), lambda line: print(line) if ranks.rank == 0 else None)
+    dist.destroy_process_group()
+
+
+def publish(options: argparse.Namespace, root: Path) -> None:
+    """What newer weights cost, and when they are in use."""
+    for size in options.sizes:
+        job = prepared(
+            options,
+            size,
+            root / size,
+            # A publication after each step; drawings are a few steps old, which is all right here.
+            "schedule.retrieval_steps=1",
+            "schedule.generator_steps=1",
+            "stream.max_staleness=1000",
+        )
+        skip = first_step(job, options.skip_turns)
+        run = root / f"run-{size}"
+        marks, publications = trained(job, run, options.actors)
+        steps = Steps.of_run(run, skip)
+        counted = publications[options.skip_turns :]
+        spent = [m.ended - m.began for m in counted]
+        span = counted[0].began, counted[-1].ended
+        loads = [m for m in marks if m.what == "load" and m.began > span[0]]
+        by_version = {m.values["version"]: m for m in counted}
+        until = [m.ended - by_version[m.values["version"]].began for m in loads]
+        batches = [m.ended - m.began for m in marks if m.what == "draw" and m.began > span[0]]
+        sent, whole = megabytes(job)
+        part = sum(spent) / (span[1] - span[0])
+        print(
+            f"{size}: {sent:.1f} of {whole:.1f} MB travel; publishing costs the learner "
+            f"{1e3 * statistics.median(spent):.1f} ms (most {1e3 * max(spent):.1f}), a step takes "
+            f"{1e3 / steps.rate:.0f} ms: {part:.2%} of the time with a publication a step\n"
+            f"  an actor has the weights {middle(until)} later, of which laying them out takes "
+            f"{middle([m.ended - m.began for m in loads])}, and drawing the batch before, "
+            f"{middle(batches)} in whole; {len(loads)} loads of {len(counted)} publications",
+            flush=True,
+        )
+
+
+def megabytes(job: Job) -> tuple[float, float]:
+    """Of the weights that are published, and of all of G and D."""
+    assert isinstance(job.config, JointTraining)
+    run = Path(job.inputs["generator"])
+    generator, judge = load_generator(run).model, load_discriminator(run)
+    assert judge is not None
+    generator.backbone.requires_grad_(job.config.generator.model.train_backbone)
+
+    def size(tensors: Mapping[str, Tensor]) -> float:
+        return sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6
+
+    whole = size(generator.state_dict()) + size(judge.model.state_dict())
+    return size(published(generator, judge.model)), whole
+
+
+def middle(seconds: Sequence[float]) -> str:
+    """The median in milliseconds, in words."""
+    return f"{1e3 * statistics.median(seconds):.0f} ms" if seconds else "never"
+
+
+# --------------------------------------------------------------------------- command line
+
+
+def main() -> None:
+    summary, _, rest = (__doc__ or "").partition("\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=summary, epilog=rest, formatter_class=raw)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{wait,workers,publish}"
+    )
+    for run, steps, start in ((wait, 60, 60), (workers, 30, 60), (publish, 10, 1)):
+        command = commands.add_parser(
+            run.__name__,
+            help=run.__doc__,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        add = command.add_argument
+        if run is publish:
+            add("--sizes", nargs="+", choices=SIZES, default=["default", "paper"], help="of G, D")
+        else:
+            add("--size", choices=SIZES, default="default", help="of F, G, D and a step's rows")
+        add("--steps", type=int, default=steps, help="of F and D and of G together")
+        add("--skip-turns", type=int, default=2, help="turns of F or G at the start not to count")
+        if run is workers:
+            add("--rounds", type=int, default=3, help="runs of each")
+        else:
+            add("--actors", type=int, default=1, help="that draw, one CPU each")
+        add(
+            "--made", type=int, default=24, help="made-up photos with labels; twice as many without"
+        )
+        add(
+            "--start-steps", type=int, default=start, help="of G alone, where no run of it is given"
+        )
+        for name in ("pairs", "photos", "teacher", "generator"):
+            add(f"--{name}", type=Path, help="a folder as of sbir-ray train joint")
+        add("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting")
+    hidden = commands.add_parser("torchrun-worker")
+    hidden.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    if options.command == "torchrun-worker":
+        torchrun_worker(options.folder)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        options.run(options, Path(temporary))
+
+
+if __name__ == "__main__":
+    main()
