@@ -17,14 +17,13 @@ that of a step, and the time until an actor draws with the weights.
 
 All train on made-up data with random weights, or on --pairs and --photos, from --teacher and
 --generator. The first turns (--skip-turns) count for none. For a look whether all works:
-``--size tiny --steps 15``, ``--sizes tiny``.
+``--size tiny --steps 20``, ``--sizes tiny``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -33,29 +32,24 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sbir_ray.config import JointTraining
 from sbir_ray.errors import UserError
 from sbir_ray.runs import load_discriminator, load_generator
-from sbir_ray.stream import live
-from sbir_ray.stream.live_rows import LiveRow, LiveSketcher, Photos, published
+from sbir_ray.stream.live_rows import published
 from sbir_ray.strict import from_dict, load, to_dict
 from sbir_ray.train.job import Job
 from sbir_ray.train.launch import Actors, train
 from sbir_ray.train.loop import fit
 from sbir_ray.train.ranks import Ranks
 from sbir_ray.train.tasks import joint_jobs
+from tests.bench.marks import Mark, marked, read_marks, share
 from tests.tiny import tiny_pairs
 from tests.tiny_store import tiny_store
 
@@ -103,108 +97,6 @@ SIZES: Mapping[str, Sequence[str]] = {
     "paper": PAPER,
     "paper-frozen": (*PAPER, "generator.model.train_backbone=false"),
 }
-
-# --------------------------------------------------------------------------- marks
-
-
-@dataclasses.dataclass(frozen=True)
-class Mark:
-    """Something that a process did, by the clock that all processes of the machine share."""
-
-    what: str
-    began: float
-    ended: float
-    values: Mapping[str, float]
-
-
-def mark(folder: Path, what: str, began: float, **values: float) -> None:
-    """Note what ended now in a file of this process."""
-    line = {"what": what, "began": began, "ended": time.monotonic(), "values": values}
-    with (folder / f"{os.getpid()}.jsonl").open("a") as stream:
-        stream.write(json.dumps(line) + "\n")
-
-
-def read_marks(folder: Path) -> list[Mark]:
-    """Those of all processes, by their ends."""
-    lines = [line for file in folder.iterdir() for line in file.read_text().splitlines()]
-    return sorted((Mark(**json.loads(line)) for line in lines), key=lambda m: m.ended)
-
-
-def share(marks: Sequence[Mark], what: str, since: float, until: float) -> float:
-    """Of the time from ``since`` to ``until`` that ``what`` took."""
-    spans = [min(m.ended, until) - max(m.began, since) for m in marks if m.what == what]
-    return sum(span for span in spans if span > 0) / (until - since)
-
-
-class MarkedShard(live.Shard):
-    """Marks ``wait`` (for a drawing) and ``publish``."""
-
-    def __init__(self, actor: Any, rank: int, wait_limit: float, marks: Path) -> None:
-        super().__init__(actor, rank, wait_limit)
-        self.marks = marks
-
-    def next(self) -> LiveRow:
-        began, waited = time.monotonic(), self.waited
-        row = super().next()
-        if self.waited - waited > 1e-3:
-            mark(self.marks, "wait", began)
-        return row
-
-    def publish(self, version: int, tensors: Mapping[str, Tensor]) -> None:
-        began = time.monotonic()
-        super().publish(version, tensors)
-        mark(self.marks, "publish", began, version=version)
-
-
-class MarkedSketcher:
-    """Marks ``load`` and ``draw``."""
-
-    def __init__(self, sketcher: LiveSketcher, marks: Path) -> None:
-        self.sketcher, self.marks = sketcher, marks
-        self.sides = sketcher.sides
-
-    def load(self, version: int, weights: Mapping[str, Any]) -> None:
-        began = time.monotonic()
-        self.sketcher.load(version, weights)
-        mark(self.marks, "load", began, version=version)
-
-    def draw(
-        self,
-        tickets: Sequence[int],
-        photo_ids: Sequence[str],
-        photos: Sequence[Photos],
-        seeds: Sequence[int],
-    ) -> list[LiveRow]:
-        began = time.monotonic()
-        rows = self.sketcher.draw(tickets, photo_ids, photos, seeds)
-        points = sum(row.drawn.rows for row in rows)
-        mark(self.marks, "draw", began, photos=len(rows), points=points)
-        return rows
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MarkedSpec(live.StreamSpec):
-    """Of actors that mark what they do."""
-
-    marks: Path
-
-    def make(self, references: NDArray[np.uint8] | None) -> Any:
-        return MarkedSketcher(super().make(references), self.marks)
-
-
-@contextmanager
-def marked(folder: Path) -> Iterator[None]:
-    """Streams that are started meanwhile leave marks in ``folder``."""
-    kept = live.Shard, live.StreamSpec
-    folder.mkdir()
-    replaced: Any = live
-    replaced.Shard = functools.partial(MarkedShard, marks=folder)
-    replaced.StreamSpec = functools.partial(MarkedSpec, marks=folder)
-    try:
-        yield
-    finally:
-        replaced.Shard, replaced.StreamSpec = kept
-
 
 # --------------------------------------------------------------------------- what is trained
 
@@ -257,8 +149,10 @@ def first_step(job: Job, turns: int) -> int:
     cycles, half = divmod(turns, 2)
     cycle = schedule.retrieval_steps + schedule.generator_steps
     steps = cycles * cycle + half * schedule.retrieval_steps
-    if not 0 < steps < schedule.steps:
-        raise UserError(f"--skip-turns {turns}: {steps} of {schedule.steps} steps; choose others")
+    if turns < 1 or steps + cycle > schedule.steps:
+        raise UserError(
+            f"--skip-turns {turns} leaves out {steps} steps; a turn of each has to follow"
+        )
     return steps
 
 
@@ -296,18 +190,19 @@ class Steps:
         return waited / max(whole, 1e-9)
 
 
-def trained(job: Job, out: Path, actors: int) -> tuple[list[Mark], list[Mark]]:
+def trained(job: Job, out: Path, actors: int, turns: int) -> tuple[list[Mark], list[Mark]]:
     """Train ``job`` to ``out`` with one worker and ``actors``, one CPU each.
 
     Returns:
-        All marks, and of them the publications, of which number v began version v.
+        All marks, and of them the publications after the first ``turns``.
     """
     folder = out.with_name(f"{out.name}-marks")
     with marked(folder):
         job = dataclasses.replace(job, out=str(out))
         train([job], workers=1, cpus_per_worker=1.0, actors=Actors(actors, actors))
     marks = read_marks(folder)
-    return marks, [m for m in marks if m.what == "publish"]
+    late = [m for m in marks if m.what == "publish" and m.values["version"] >= turns]
+    return marks, late
 
 
 # --------------------------------------------------------------------------- the three questions
@@ -318,9 +213,9 @@ def wait(options: argparse.Namespace, root: Path) -> None:
     job = prepared(options, options.size, root / "wait")
     skip = first_step(job, options.skip_turns)
     run = root / "run"
-    marks, publications = trained(job, run, options.actors)
+    marks, publications = trained(job, run, options.actors, options.skip_turns)
     steps = Steps.of_run(run, skip)
-    span = publications[options.skip_turns].ended, publications[-1].began
+    span = publications[0].ended, publications[-1].began
     busy = share(marks, "draw", *span) / options.actors
     draws = [m for m in marks if m.what == "draw" and m.began > span[0]]
     photos = sum(m.values["photos"] for m in draws)
@@ -406,13 +301,12 @@ def publish(options: argparse.Namespace, root: Path) -> None:
         )
         skip = first_step(job, options.skip_turns)
         run = root / f"run-{size}"
-        marks, publications = trained(job, run, options.actors)
+        marks, publications = trained(job, run, options.actors, options.skip_turns)
         steps = Steps.of_run(run, skip)
-        counted = publications[options.skip_turns :]
-        spent = [m.ended - m.began for m in counted]
-        span = counted[0].began, counted[-1].ended
+        spent = [m.ended - m.began for m in publications]
+        span = publications[0].began, publications[-1].ended
         loads = [m for m in marks if m.what == "load" and m.began > span[0]]
-        by_version = {m.values["version"]: m for m in counted}
+        by_version = {m.values["version"]: m for m in publications}
         until = [m.ended - by_version[m.values["version"]].began for m in loads]
         batches = [m.ended - m.began for m in marks if m.what == "draw" and m.began > span[0]]
         sent, whole = megabytes(job)
@@ -423,7 +317,7 @@ def publish(options: argparse.Namespace, root: Path) -> None:
             f"{1e3 / steps.rate:.0f} ms: {part:.2%} of the time with a publication a step\n"
             f"  an actor has the weights {middle(until)} later, of which laying them out takes "
             f"{middle([m.ended - m.began for m in loads])}, and drawing the batch before, "
-            f"{middle(batches)} in whole; {len(loads)} loads of {len(counted)} publications",
+            f"{middle(batches)} in whole; {len(loads)} loads of {len(publications)} publications",
             flush=True,
         )
 

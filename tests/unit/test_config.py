@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sbir_ray.config import GeneratorTraining, RetrievalTraining
+from sbir_ray.config import GeneratorTraining, JointTraining, RetrievalTraining
 from sbir_ray.errors import UserError
 from sbir_ray.strict import check_schema, digest, from_dict, load, to_dict
 
@@ -77,5 +77,10 @@ def test_a_newer_version_is_refused_by_name():
     "file", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda f: f.stem
 )
 def test_every_recipe_loads(file):
-    cls = GeneratorTraining if "generator" in file.stem else RetrievalTraining
+    kinds = {
+        "generator": GeneratorTraining,
+        "retrieval": RetrievalTraining,
+        "joint": JointTraining,
+    }
+    (cls,) = (cls for name, cls in kinds.items() if name in file.stem)
     assert load(cls, file) != cls()
