@@ -236,9 +236,12 @@ class DrawnRows:
             )
 
     def rates(self) -> dict[str, float]:
-        """Numbers for the log, of this rank's rows times the ranks."""
+        """Numbers for the log, of this rank's rows times the ranks; the rows dropped so far, by
+        reason."""
         seconds = max(time.monotonic() - self.began, 1e-9)
+        dropped = {k.replace(" ", "_"): n for k, n in self.fates.items() if k != "used"}
         return {
+            **{name: self.ranks.world * count for name, count in dropped.items()},
             "staleness": self.step_lag,
             "photos_per_second": self.ranks.world * self.lags.total() / seconds,
             "sketches_per_second": self.ranks.world * self.sketches / seconds,

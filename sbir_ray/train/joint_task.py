@@ -62,6 +62,10 @@ if TYPE_CHECKING:
     from sbir_ray.stream.live import Shard
 
 
+PICTURES = 20
+"""Times, at most, that the same photos are drawn to be looked at."""
+
+
 @dataclass(frozen=True)
 class RetrievalTurn:
     """Rows of a step of F and D."""
@@ -357,8 +361,11 @@ class JointTask:
         if version != self.version(step):
             self._publish(version)
             if self.exhibits is not None and self.generators_turn(step):
-                self.exhibits.draw(step + 1, version, self.g.model, self.d, board)
-        return {"turn": float(self.generators_turn(step)), "version": version, **self.rows.rates()}
+                part = max(1, self.steps // PICTURES)
+                if (step + 1) // part > self.exhibits.last // part:
+                    self.exhibits.draw(step + 1, version, self.g.model, self.d, board)
+        turn = float(self.generators_turn(step))
+        return {"turn": turn, "version": version, **self.rows.rates()}
 
     def _publish(self, version: int) -> None:
         weights = published(self.g.model, self.d)

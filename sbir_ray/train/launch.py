@@ -277,4 +277,4 @@ def _summary(entry: dict[str, Any]) -> str:
     }
     if entry["kind"] == "evaluation":
         shown = {k: v for k, v in shown.items() if k in ("acc@1", "acc@10", "offset", "pen")}
-    return " ".join(f"{k} {v:.3f}" for k, v in shown.items())
+    return " ".join(f"{k} {v}" if isinstance(v, int) else f"{k} {v:.3f}" for k, v in shown.items())

@@ -284,15 +284,20 @@ class _Log:
         self.waited += waited
 
     def write_steps(self, step: int) -> None:
-        """A line with the means over the steps since the last one."""
+        """A line with the means over the steps since the last one; of counts the last value."""
         now = time.monotonic()
-        means = {key: sum(map(float, values)) / len(values) for key, values in self.sums.items()}
+        means = {
+            key: values[-1]
+            if isinstance(values[-1], int)
+            else sum(map(float, values)) / len(values)
+            for key, values in self.sums.items()
+        }
         share = self.waited / max(now - self.since, 1e-9)
         self.write("step", step, {**means, "wait_share": share})
         self.sums, self.waited, self.since = {}, 0.0, now
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        plain = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in values.items()}
+        plain = {k: v if isinstance(v, int) else round(float(v), 6) for k, v in values.items()}
         seconds = time.monotonic() - self.began
         line = {
             "kind": kind,
@@ -300,7 +305,7 @@ class _Log:
             "steps": self.steps,
             "seconds": round(seconds, 2),
             "steps_per_second": round((step - self.start) / max(seconds, 1e-9), 3),
-            **{k: round(v, 6) for k, v in plain.items()},
+            **plain,
         }
         with self.file.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
