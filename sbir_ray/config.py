@@ -172,6 +172,12 @@ class SaveConfig:
     checkpoint_every: int = 100
     keep: int = 2
 
+    def __post_init__(self) -> None:
+        _at_least("log_every", self.log_every, 1)
+        _at_least("evaluate_every", self.evaluate_every, 0)
+        _at_least("checkpoint_every", self.checkpoint_every, 1)
+        _at_least("keep", self.keep, 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetrievalTraining:
@@ -302,6 +308,7 @@ class PolicyConfig:
     """Limit of the importance ratio of drawings made by older weights; 0: no correction."""
 
     def __post_init__(self) -> None:
+        _at_least("batch_size", self.batch_size, 1)
         _at_least("samples", self.samples, 1)
         _at_least("weight", self.weight, 0)
         _at_least("soft_weight", self.soft_weight, 0)
@@ -332,7 +339,7 @@ class ScheduleConfig:
     generator_steps: int = 5
     """k_g: updates of G before F's and D's turn; 0: G does not change."""
     pseudo_warmup: int = 0
-    """Steps before pseudo pairs count."""
+    """Steps before the pseudo pairs' own loss counts; their photos are negatives from the start."""
     pseudo_ramp: int = 0
     """Steps over which their weight then rises."""
     policy_warmup: int = 0
@@ -343,7 +350,10 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         _at_least("steps", self.steps, 1)
         _at_least("retrieval_steps", self.retrieval_steps, 1)
-        _at_least("generator_steps", self.generator_steps, 0)
+        for name in ("generator_steps", "pseudo_warmup", "pseudo_ramp"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("policy_warmup", "policy_ramp"):
+            _at_least(name, getattr(self, name), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,8 +361,9 @@ class StreamConfig:
     """Where joint training gets its pseudo sketches from."""
 
     sync: bool = False
-    """The learners draw for themselves, one after the other with training: repeatable bit for bit.
-    False: generator actors draw while the learners train."""
+    """The learners draw for themselves, one after the other with training: repeatable bit for bit
+    on CPUs; all photos are kept in memory. False: generator actors draw while the learners
+    train."""
     temperature: float = 0.25
     """Of the drawings that become pseudo pairs, as for ``sketch``."""
     batch_size: int = 16

@@ -122,7 +122,7 @@ def joint_config(**changes: object) -> JointTraining:
         "generator": generator_config(),
         "policy": PolicyConfig(batch_size=2),
         "schedule": ScheduleConfig(steps=4, retrieval_steps=2, generator_steps=1),
-        "stream": StreamConfig(sync=True, batch_size=4),
+        "stream": StreamConfig(sync=True),
         "save": SaveConfig(log_every=1, checkpoint_every=2),
     }
     return JointTraining(**{**settings, **changes})

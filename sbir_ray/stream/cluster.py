@@ -89,13 +89,14 @@ def ensure_fits(
     *,
     what: str = "the request",
     spare_cpus: float = 0.0,
+    spare_gpus: float = 0.0,
 ) -> int:
     """Refuse what could never be placed; Ray itself would wait for ever.
 
     Args:
         cpus, gpus: of each of ``count`` processes; one process has to fit on one node.
         what: who asks, by the names of its settings.
-        spare_cpus: that have to stay free, anywhere.
+        spare_cpus, spare_gpus: that have to stay free, anywhere.
 
     Returns:
         How many such processes the cluster could hold.
@@ -109,9 +110,13 @@ def ensure_fits(
     room = sum(_fitting(node, cpus, gpus) for node in nodes)
     if cpus > 0:
         room = min(room, math.floor((total_cpus - spare_cpus) / cpus + 1e-6))
+    if gpus > 0:
+        room = min(room, math.floor((total_gpus - spare_gpus) / gpus + 1e-6))
     if count <= room:
         return sys.maxsize if room == math.inf else int(room)
-    spare = f" beside {spare_cpus:g} CPU for reading and writing" if spare_cpus else ""
+    spare = f" beside {spare_cpus:g} CPU for the rest" if spare_cpus else ""
+    if spare_gpus:
+        spare = f" beside {spare_cpus:g} CPU, {spare_gpus:g} GPU for the rest"
     raise UserError(
         f"{what}: {count} x ({cpus:g} CPU, {gpus:g} GPU){spare} do not fit into {total_cpus:g} "
         f"CPU, {total_gpus:g} GPU on {len(nodes)} node(s); at most {max(0, int(room))} would"

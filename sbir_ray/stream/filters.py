@@ -192,11 +192,8 @@ class RankerSpec:
 
     def make(self, reference_photos: NDArray[np.uint8]) -> TeacherRanker:
         """The ranker among these photos (R, 3, S, S); raises as :meth:`of_run`."""
-        import torch
-
         from sbir_ray.runs import load_retrieval
 
-        torch.set_num_threads(self.threads)
         return TeacherRanker(load_retrieval(self.run).model.to(self.device), reference_photos)
 
 

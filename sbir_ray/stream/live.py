@@ -12,6 +12,7 @@ import math
 import queue
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -74,11 +75,8 @@ class StreamSpec:
             UserError: not the run of a generator.
             DamagedError: a run without a whole checkpoint.
         """
-        import torch
-
         from sbir_ray.runs import load_discriminator, load_generator
 
-        torch.set_num_threads(self.threads)
         generator = load_generator(self.generator).model.to(self.device)
         judge = load_discriminator(self.generator)
         ranker = None
@@ -101,6 +99,7 @@ class LiveStream:
         first: ticket to begin with; those before it were drawn by an earlier stream.
         actors: least and most generators.
         cpus_per_actor, gpus_per_actor: of each; a GPU may be shared.
+        beside: CPUs and GPUs that have to stay free for the learners.
 
     Raises:
         UserError: the store or the run cannot be used, the actors do not fit into the cluster.
@@ -117,12 +116,18 @@ class LiveStream:
         actors: tuple[int, int] = (1, 1),
         cpus_per_actor: float = 1.0,
         gpus_per_actor: float = 0.0,
+        beside: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         least, most = actors
         if not 1 <= least <= most:
             raise UserError(f"--actors {least}:{most}: the least is 1, and not more than the most")
         room = ensure_fits(
-            cpus_per_actor, gpus_per_actor, least, what="--actors", spare_cpus=SPARE_CPUS
+            cpus_per_actor,
+            gpus_per_actor,
+            least,
+            what="--actors",
+            spare_cpus=SPARE_CPUS + beside[0],
+            spare_gpus=beside[1],
         )
         # Actors run in other folders.
         spec = dataclasses.replace(
@@ -160,7 +165,10 @@ class LiveStream:
             .remote(window, batch, first)
         )
         ray.get(self._actor.start.remote(plan))
-        self.shards = [Shard(self._actor, rank, spec.stream.wait_limit) for rank in range(world)]
+        name = uuid.uuid4().hex
+        self.shards = [
+            Shard(self._actor, rank, spec.stream.wait_limit, name) for rank in range(world)
+        ]
         """The learners' ends, by rank; they travel."""
 
     def __enter__(self) -> Self:
@@ -198,10 +206,11 @@ class Shard:
     Args:
         actor: the :class:`StreamActor`.
         wait_limit: seconds that :meth:`next` waits.
+        name: of the stream, another for each.
     """
 
-    def __init__(self, actor: Any, rank: int, wait_limit: float) -> None:
-        self.actor, self.rank, self.wait_limit = actor, rank, wait_limit
+    def __init__(self, actor: Any, rank: int, wait_limit: float, name: str) -> None:
+        self.actor, self.rank, self.wait_limit, self.name = actor, rank, wait_limit, name
         self.waited = 0.0
         """Seconds that the learner has waited for rows."""
         self._reader: _Reader | None = None

@@ -87,6 +87,9 @@ class DrawActor:
     """
 
     def __init__(self, spec: StreamSpec, exchange: Any, references: list[Any]) -> None:
+        import torch
+
+        torch.set_num_threads(spec.threads)
         self.spec, self.exchange = spec, exchange
         self.sketcher = spec.make(ray.get(references[0]) if references else None)
         self.serial = 0

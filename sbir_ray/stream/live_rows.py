@@ -6,6 +6,7 @@ draws alone.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,8 @@ class LiveSketcher:
         self.device = generator.offset_scale.device
         self.version = 0
         self._known: dict[str, Tensor] = {}
+        # A row is drawn by one version: learners load the next while they draw rows ahead.
+        self._busy = threading.Lock()
         self.decoder = generator.decoder()
 
     @property
@@ -127,13 +130,13 @@ class LiveSketcher:
         import torch
 
         own = _named(self.generator, self.discriminator)
-        with torch.no_grad():
+        with self._busy, torch.no_grad():
             for name, value in weights.items():
                 # Arrays out of Ray's object store are read-only, of which torch would warn.
                 tensor = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
                 own[name].copy_(tensor)
-        self.decoder = self.generator.decoder()
-        self.version = version
+            self.decoder = self.generator.decoder()
+            self.version = version
 
     def draw(
         self,
@@ -142,6 +145,7 @@ class LiveSketcher:
         photos: Sequence[Photos],
         seeds: Sequence[int],
         samples: int | None = None,
+        judged: bool = True,
     ) -> list[LiveRow]:
         """A row of each photo, whose drawings depend on the weights, the photo and its seed alone.
 
@@ -150,19 +154,32 @@ class LiveSketcher:
         Args:
             photos: at :attr:`sides` at least.
             samples: another number of them than usual.
+            judged: False leaves certainty and rank out.
         """
+        with self._busy:
+            return self._draw(tickets, photo_ids, photos, seeds, samples, judged)
+
+    def _draw(
+        self,
+        tickets: Sequence[int],
+        photo_ids: Sequence[str],
+        photos: Sequence[Photos],
+        seeds: Sequence[int],
+        samples: int | None,
+        judged: bool,
+    ) -> list[LiveRow]:
         import torch
 
         gpu = self.device.type == "cuda"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=gpu):
             map_BCHW = self._maps(photo_ids, photos)
             pseudo = self._drawings(map_BCHW, seeds, self.temperature)
-            certainty = self._certainty(photos, pseudo)
+            certainty = self._certainty(photos, pseudo) if judged else [1.0] * len(pseudo)
             sampled = [
                 self._drawings(map_BCHW, [seed_of(seed, "sample", k) for seed in seeds], 1.0)
                 for k in range(self.samples if samples is None else samples)
             ]
-        rank = self._rank(photos, pseudo)
+        rank = self._rank(photos, pseudo) if judged else [0] * len(pseudo)
         return [
             LiveRow(
                 ticket=tickets[i],
@@ -189,7 +206,9 @@ class LiveSketcher:
             # One at a time on a CPU, where a convolution may round differently in a batch.
             at_once = self.decoder.block if self.device.type == "cuda" else 1
             groups = self._stacked([photos[i] for i in new], side).split(at_once)
-            maps = torch.cat([self.generator.encode(group) for group in groups])
+            # In full precision, as the learners compute the log-probabilities of the drawings.
+            with torch.autocast(self.device.type, enabled=False):
+                maps = torch.cat([self.generator.encode(group) for group in groups])
             for i, map_CHW in zip(new, maps, strict=True):
                 known[photo_ids[i]] = map_CHW
         found = torch.stack([known[name] for name in photo_ids])

@@ -64,6 +64,9 @@ class Sides:
 class Source(Protocol):
     """Where drawn photos come from."""
 
+    name: str
+    """Of a stream whose account outlives a learner; "" of none."""
+
     def rows(
         self, kind: str, step: int, attempt: int, slots: Sequence[int], count: int
     ) -> list[LiveRow]:
@@ -76,7 +79,7 @@ class Source(Protocol):
 
     def told(self) -> Counter[str] | None:
         """Rows by fate, those that no learner saw and those in flight too; None: the learners' own
-        counts are all there is. Asked by rank 0."""
+        counts are all there is. By rank 0 alone where they are those of all."""
         ...
 
 
@@ -84,7 +87,7 @@ class ActorsDraw:
     """Generator actors draw, and rows come as they are done."""
 
     def __init__(self, live: Shard) -> None:
-        self.live = live
+        self.live, self.name = live, live.name
 
     def rows(
         self, kind: str, step: int, attempt: int, slots: Sequence[int], count: int
@@ -98,6 +101,8 @@ class ActorsDraw:
 
     def told(self) -> Counter[str]:
         """See :class:`Source`."""
+        if self.live.rank:
+            return Counter()
         ledger = Ledger.from_json("live", self.live.ledger(), "the live stream")
         return Counter(
             {
@@ -109,7 +114,12 @@ class ActorsDraw:
 
 
 class LearnersDraw:
-    """The learners draw, photo by photo as a function of the step: repeatable bit for bit."""
+    """The learners draw, photo by photo as a function of the step: repeatable bit for bit.
+
+    All photos are kept in memory.
+    """
+
+    name = ""
 
     def __init__(
         self, photos: Path, sketcher: LiveSketcher, sides: Sides, config: JointTraining
@@ -155,11 +165,18 @@ def some_photos(photos: Path, sides: Sides) -> tuple[list[str], dict[int, NDArra
     """The first photos of a store in the order of their ids, at most :data:`MOST_PAIRS`, at each
     side (N, 3, S, S)."""
     first = heapq.nsmallest(MOST_PAIRS, read_store(photos), key=lambda row: row["photo_id"])
-    rgb = [decode_stored(row["image"]) for row in first]
+    ids, whole = [], []
+    for row in first:
+        try:
+            rgb = decode_stored(row["image"])
+        except (OSError, SyntaxError, ValueError):  # told where it was to be drawn
+            continue
+        ids.append(row["photo_id"])
+        whole.append(rgb)
     found = {
-        side: np.stack([align(one, side).transpose(2, 0, 1) for one in rgb]) for side in sides.all
+        side: np.stack([align(one, side).transpose(2, 0, 1) for one in whole]) for side in sides.all
     }
-    return [row["photo_id"] for row in first], found
+    return ids, found
 
 
 # --------------------------------------------------------------------------- fates
@@ -213,7 +230,8 @@ class DrawnRows:
             rows = self.source.rows(kind, step, attempt - 1, left, count)
             for slot, row in zip(left, rows, strict=True):
                 lags.append(max(0, version - row.version))
-                if lags[-1] > stream.max_staleness:
+                # A version from the future was published by a process that died.
+                if lags[-1] > stream.max_staleness or row.version > version:
                     fates[row.ticket] = "stale", ""
                     continue
                 reason = "" if filters is None else filter_reason(row.drawn, filters)
@@ -249,19 +267,29 @@ class DrawnRows:
 
     def state(self) -> dict[str, Any]:
         """``fates`` and ``lags`` over all ranks and processes of this run. All ranks call it."""
-        told = self.source.told() if self.ranks.rank == 0 else Counter()
+        told = self.source.told()
         fates = self._summed(self.fates if told is None else told)
-        bins = [str(lag) for lag in range(self.config.stream.max_staleness + 2)]
-        late = len(bins) - 1
-        lags = self._summed(Counter({bins[min(k, late)]: n for k, n in self.lags.items()}))
-        return {"fates": fates + self.old_fates, "lags": lags + self.old_lags}
+        late = self.config.stream.max_staleness + 1
+        lags: Counter[str] = Counter()
+        for lag, count in list(self.lags.items()):
+            lags[str(min(lag, late))] += count
+        return {
+            "fates": fates + self.old_fates,
+            "lags": self._summed(lags) + self.old_lags,
+            # A worker group that starts again finds the same stream, whose account goes on.
+            "stream": self.source.name,
+            "fates_before": self.old_fates,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on counting where a run was interrupted; what was in flight then is lost."""
         if state and self.ranks.rank == 0:
+            self.old_lags = Counter(state["lags"])
+            if self.source.name and state["stream"] == self.source.name:
+                self.old_fates = Counter(state["fates_before"])
+                return
             self.old_fates = Counter(state["fates"])
             self.old_fates["filtered lost"] += self.old_fates.pop("in_flight", 0)
-            self.old_lags = Counter(state["lags"])
 
     def write(self, run: Path, state: Mapping[str, Any]) -> None:
         """``ledger.json``, by rank 0."""
@@ -346,6 +374,7 @@ class Labelled:
             [{side: every[i] for side, every in self.photos.items()} for i in photos],
             seeds,
             samples=samples,
+            judged=False,
         )
 
 

@@ -119,7 +119,10 @@ class JointTask:
         # G and its rows, D.
         run = Path(job.inputs["generator"])
         drawing = dataclasses.replace(config.generator, seed=config.seed)
-        generator = load_generator(run).model.to(device)
+        trained = load_generator(run)
+        generator = trained.model.to(device)
+        self.steps_of_g = trained.version
+        """Its steps before these: the weight of its KL term goes on rising."""
         generator.backbone.requires_grad_(drawing.model.train_backbone)
         g_job = Job("generator", job.out, drawing, {"pairs": pairs})
         self.g = GeneratorTask(g_job, ranks, device, generator)
@@ -196,7 +199,9 @@ class JointTask:
 
     def ahead(self, step: int) -> bool:
         """Learners that draw for themselves wait for the version that a turn ends with."""
-        return self.live is not None or not self.resumable(step)
+        if self.live is None or not self.config.stream.max_staleness:
+            return not self.resumable(step)
+        return True
 
     def resumable(self, step: int) -> bool:
         """Only between turns, where the weights that draw are those that learn."""
@@ -269,7 +274,7 @@ class JointTask:
     def _generator_turn(self, batch: GeneratorTurn, step: int) -> dict[str, Tensor]:
         """Eq. 9."""
         config, schedule = self.config.policy, self.config.schedule
-        vae = self.g.losses(batch.labelled, step)
+        vae = self.g.losses(batch.labelled, self.steps_of_g + step)
         policy, soft = None, None
         if batch.drawn is not None:
             drawn = batch.drawn.to(self.device)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from sbir_ray.config import JointTraining
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.runlog import Progress
-from sbir_ray.stream.cluster import connect, ensure_fits
+from sbir_ray.runs import read_run
+from sbir_ray.stream.cluster import connect, ensure_fits, logical_cpus
 from sbir_ray.train.job import Job
 from sbir_ray.train.ranks import Ranks
 
@@ -84,12 +85,17 @@ def train(
             return _run(alone, gpu, Ranks())
         here = not (address or os.environ.get("RAY_ADDRESS"))
         share = len(os.sched_getaffinity(0)) // max(workers, 1) if here else 1
+        drawing = actors or Actors()
+        if here and streamed:
+            # Ray's own CPUs are at least so many, also where the machine's are fewer.
+            left = logical_cpus() - drawing.least * drawing.cpus - 1
+            share = min(share, int(left // max(workers, 1)))
         group = _Group(workers, gpu, cpus_per_worker or float(max(1, share)))
         with connect(address):
             ensure_fits(group.cpus, float(gpu), workers, what="--workers")
             results = group.run(alone) if alone else []
             for job in streamed:
-                results += _run_streamed(job, group, actors or Actors())
+                results += _run_streamed(job, group, drawing)
             return results
     finally:
         stop.set()
@@ -104,6 +110,9 @@ def _run_streamed(job: Job, group: _Group, actors: Actors) -> list[dict[str, Any
 
     config = job.config
     assert isinstance(config, JointTraining)
+    run = Path(job.out)
+    if (run / "run.json").exists() and read_run(run)["status"] == "done":
+        return group.run([job])
     device = "cuda" if actors.gpus else "cpu"
     threads = max(1, int(actors.cpus))
     ranker = None
@@ -129,7 +138,8 @@ def _run_streamed(job: Job, group: _Group, actors: Actors) -> list[dict[str, Any
         spec,
         rows_per_step=max(pseudo, config.policy.batch_size),
         world=max(1, group.workers),
-        first=_drawn_before(Path(job.out)),
+        first=_drawn_before(run),
+        beside=(group.workers * group.cpus, float(group.workers * group.gpu)),
         actors=(actors.least, actors.most),
         cpus_per_actor=actors.cpus,
         gpus_per_actor=actors.gpus,
@@ -164,6 +174,7 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
 
     storage = Path(jobs[0].out).resolve() / "ray"
     gpu = group.gpu
+    patience = math.ceil(2 * max((shard.wait_limit for shard in shards), default=0.0))
     resources = {"CPU": group.cpus, **({"GPU": 1.0} if gpu else {})}
     settings = {
         "jobs": list(jobs),
@@ -177,7 +188,9 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
         scaling_config=ScalingConfig(
             num_workers=group.workers, use_gpu=gpu, resources_per_worker=resources
         ),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=600),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=max(600, patience)
+        ),
         # A name used twice would make Ray go on with its own idea of the old run.
         run_config=RunConfig(
             name=uuid.uuid4().hex,

@@ -7,7 +7,7 @@ import ctypes
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,7 @@ def fit(
         log = None
         if ranks.rank == 0:
             log = stack.enter_context(contextlib.closing(_Log(run, start, task.steps)))
-        _steps(job, task, optimizers, start, ranks, log, say)
+        _steps(job, task, optimizers, start, ranks, log, say, live is not None)
         result = _evaluate(task, task.steps, log)
         task.finish()
     _save(run, task, optimizers, task.steps, ranks, config.save.keep)
@@ -107,6 +107,7 @@ def _steps(
     ranks: Ranks,
     log: _Log | None,
     say: Callable[[str], None],
+    live: bool,
 ) -> None:
     """The steps from ``start`` on: rows, losses, gradients of all ranks, one update."""
     save, run = job.config.save, Path(job.out)
@@ -117,7 +118,8 @@ def _steps(
         ahead: Future[Any] | None = None
         for step in range(start, task.steps):
             began = time.monotonic()
-            batch = task.batch(step) if ahead is None else ahead.result()
+            with _shared(ranks, live):
+                batch = task.batch(step) if ahead is None else ahead.result()
             waited = time.monotonic() - began
             more = step + 1 < task.steps and task.ahead(step + 1)
             ahead = pool.submit(task.batch, step + 1) if more else None
@@ -159,6 +161,27 @@ def _steps(
             if due and task.resumable(done) and done < task.steps:
                 _save(run, task, optimizers, done, ranks, save.keep)
                 due = False
+
+
+@contextlib.contextmanager
+def _shared(ranks: Ranks, live: bool) -> Iterator[None]:
+    """An error of one rank, which waits for its own drawings, ends all; else the others would wait
+    for that rank until their collective gives up.
+
+    Args:
+        live: False: what one rank meets, all meet.
+    """
+    if not live or ranks.world == 1:
+        yield
+        return
+    error = ""
+    try:
+        yield
+    except SbirError as found:
+        error = str(found)
+    told = ranks.sum_counts({error: 1} if error else {})
+    if told:
+        raise SbirError(next(iter(told)))
 
 
 def _keep_memory() -> None:

@@ -74,6 +74,7 @@ class Ranks:
         if self.world == 1:
             return dict(counts)
         text = torch.frombuffer(bytearray(json.dumps(counts).encode()), dtype=torch.uint8)
+        # On the CPU, for which workers with GPUs have gloo beside nccl.
         longest = torch.tensor(len(text))
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         padded = torch.full((1, int(longest)), ord(" "), dtype=torch.uint8)

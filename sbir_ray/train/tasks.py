@@ -5,11 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sbir_ray.config import GeneratorTraining, JointTraining, RetrievalConfig
+from sbir_ray.config import (
+    DiscriminatorConfig,
+    GeneratorTraining,
+    JointTraining,
+    RetrievalConfig,
+    StreamConfig,
+)
 from sbir_ray.errors import UserError
 from sbir_ray.runs import DISCRIMINATOR, generator_training, read_run, retrieval_config
 from sbir_ray.train.generator_task import DiscriminatorTask, GeneratorTask
@@ -57,6 +63,11 @@ def joint_jobs(out: str, config: JointTraining, inputs: Mapping[str, str]) -> li
     jobs: list[Job] = []
     found = dict(inputs)
     config = _adopted(config, inputs)
+    _refuse_without_effect(config)
+    if "generator" not in inputs and not config.generator.discriminator.steps:
+        raise UserError("generator.discriminator.steps=0: joint training needs a discriminator")
+    if config.retrieval.negatives:
+        found.setdefault("negatives", inputs["photos"])
     pairs = {"pairs": inputs["pairs"]}
     if "teacher" not in inputs:
         found["teacher"] = str(Path(out) / SUPERVISED)
@@ -83,12 +94,33 @@ def _adopted(config: JointTraining, inputs: Mapping[str, str]) -> JointTraining:
         plain = GeneratorTraining()
         _agree(run, "generator.model", generator.model, plain.model, made.model)
         # How D learns may differ, what it is may not.
-        ours, theirs = generator.discriminator, made.discriminator
-        shape = {name: getattr(theirs, name) for name in ("channels", "layers", "image_size")}
-        critic = dataclasses.replace(ours, **shape)
-        _agree(run, "generator.discriminator", ours, plain.discriminator, critic)
+        shape = _shape(made.discriminator)
+        _agree(
+            run,
+            "generator.discriminator",
+            _shape(generator.discriminator),
+            _shape(plain.discriminator),
+            shape,
+        )
+        critic = dataclasses.replace(generator.discriminator, **shape)
         generator = dataclasses.replace(generator, model=made.model, discriminator=critic)
     return dataclasses.replace(config, retrieval=retrieval, generator=generator)
+
+
+def _shape(config: DiscriminatorConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("channels", "layers", "image_size")}
+
+
+def _refuse_without_effect(config: JointTraining) -> None:
+    plain = StreamConfig()
+    if config.stream.sync:
+        for name in ("batch_size", "window", "max_staleness", "wait_limit"):
+            if getattr(config.stream, name) != getattr(plain, name):
+                raise UserError(f"stream.{name}: no actors draw with stream.sync; leave it out")
+    if config.teacher == "ema" and config.retrieval.loss.distill == "none":
+        raise UserError("teacher=ema: nothing is distilled with retrieval.loss.distill=none")
+    if config.teacher == "frozen" and config.ema_decay != JointTraining().ema_decay:
+        raise UserError("ema_decay: has no effect without teacher=ema")
 
 
 def _agree(run: Path, name: str, asked: object, default: object, found: object) -> None:

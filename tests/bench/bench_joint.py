@@ -101,8 +101,11 @@ SIZES: Mapping[str, Sequence[str]] = {
 # --------------------------------------------------------------------------- what is trained
 
 
-def prepared(options: argparse.Namespace, size: str, root: Path, *sets: str) -> Job:
-    """A joint job whose data and starting runs are there; the settings of the command line win."""
+def prepared(options: argparse.Namespace, size: str, root: Path, *sets: str) -> tuple[Job, int]:
+    """A joint job whose data and starting runs are there, and the steps that do not count.
+
+    The settings of the command line win over ``sets``, these over the size's.
+    """
     root.mkdir()
     given = {
         name: str(getattr(options, name).resolve())
@@ -136,11 +139,12 @@ def prepared(options: argparse.Namespace, size: str, root: Path, *sets: str) -> 
         ],
     )
     *before, job = joint_jobs(str(root / "start"), config, given)
+    skip = steps_of(job, options.skip_turns)
     train(before, workers=0)
-    return job
+    return job, skip
 
 
-def first_step(job: Job, turns: int) -> int:
+def steps_of(job: Job, turns: int) -> int:
     """Steps of the first turns."""
     assert isinstance(job.config, JointTraining)
     schedule = job.config.schedule
@@ -210,8 +214,7 @@ def trained(job: Job, out: Path, actors: int, turns: int) -> tuple[list[Mark], l
 
 def wait(options: argparse.Namespace, root: Path) -> None:
     """How long a learner waits for drawings."""
-    job = prepared(options, options.size, root / "wait")
-    skip = first_step(job, options.skip_turns)
+    job, skip = prepared(options, options.size, root / "wait")
     run = root / "run"
     marks, publications = trained(job, run, options.actors, options.skip_turns)
     steps = Steps.of_run(run, skip)
@@ -238,8 +241,7 @@ def wait(options: argparse.Namespace, root: Path) -> None:
 
 def workers(options: argparse.Namespace, root: Path) -> None:
     """Ray Train beside torchrun."""
-    job = prepared(options, options.size, root / "workers", "stream.sync=true")
-    skip = first_step(job, options.skip_turns)
+    job, skip = prepared(options, options.size, root / "workers", "stream.sync=true")
     ratios: list[float] = []
     for number in range(options.rounds):
         rates: dict[str, float] = {}
@@ -290,7 +292,7 @@ def torchrun_worker(folder: Path) -> None:
 def publish(options: argparse.Namespace, root: Path) -> None:
     """What newer weights cost, and when they are in use."""
     for size in options.sizes:
-        job = prepared(
+        job, skip = prepared(
             options,
             size,
             root / size,
@@ -299,7 +301,6 @@ def publish(options: argparse.Namespace, root: Path) -> None:
             "schedule.generator_steps=1",
             "stream.max_staleness=1000",
         )
-        skip = first_step(job, options.skip_turns)
         run = root / f"run-{size}"
         marks, publications = trained(job, run, options.actors, options.skip_turns)
         steps = Steps.of_run(run, skip)
@@ -386,7 +387,10 @@ def main() -> None:
         torchrun_worker(options.folder)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        options.run(options, Path(temporary))
+        try:
+            options.run(options, Path(temporary))
+        except UserError as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

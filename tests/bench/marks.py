@@ -57,8 +57,8 @@ def share(marks: Sequence[Mark], what: str, since: float, until: float) -> float
 class MarkedShard(live.Shard):
     """Marks ``wait`` (for a drawing) and ``publish``."""
 
-    def __init__(self, actor: Any, rank: int, wait_limit: float, marks: Path) -> None:
-        super().__init__(actor, rank, wait_limit)
+    def __init__(self, *given: Any, marks: Path) -> None:
+        super().__init__(*given)
         self.marks = marks
 
     def next(self) -> LiveRow:

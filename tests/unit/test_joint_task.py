@@ -19,10 +19,11 @@ from sbir_ray.config import (
     StreamConfig,
 )
 from sbir_ray.errors import SbirError, UserError
+from sbir_ray.joint import policy_losses
 from sbir_ray.runs import load_discriminator, load_generator, load_retrieval
 from sbir_ray.stream.live_rows import LiveRow
 from sbir_ray.stream.sketchers import Drawn
-from sbir_ray.train.joint_rows import DrawnRows, Sides
+from sbir_ray.train.joint_rows import DrawnRows, Sides, some_photos
 from sbir_ray.train.loop import fit
 from sbir_ray.train.ranks import Ranks
 from sbir_ray.train.tasks import build, joint_jobs
@@ -75,6 +76,103 @@ def test_networks_of_named_runs_are_taken_and_contradictions_are_refused(world):
     )
     with pytest.raises(UserError, match=r"other settings than retrieval\.model"):
         joint_jobs("out", other, world)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stream": StreamConfig(sync=True, window=5)}, r"stream\.window: no actors draw"),
+        ({"ema_decay": 0.5}, "ema_decay: has no effect without teacher=ema"),
+        (
+            {
+                "teacher": "ema",
+                "retrieval": retrieval_config(loss=RetrievalLossConfig(distill="none")),
+            },
+            "teacher=ema: nothing is distilled",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_refused(world, changes, message):
+    with pytest.raises(UserError, match=message):
+        joint_jobs("out", joint_config(**changes), world)
+
+
+def test_joint_training_without_a_discriminator_is_refused_before_anything_is_trained(world):
+    plain = generator_config()
+    none = dataclasses.replace(
+        plain, discriminator=dataclasses.replace(plain.discriminator, steps=0)
+    )
+    bare = {name: world[name] for name in ("pairs", "photos")}
+    with pytest.raises(UserError, match=r"generator\.discriminator\.steps=0"):
+        joint_jobs("out", joint_config(generator=none), bare)
+
+
+def test_photos_serve_as_further_negatives_if_asked(world, tmp_path):
+    job = job_of(tmp_path / "a", world, retrieval=retrieval_config(negatives=3))
+    task = build(job, Ranks(), CPU)
+    assert len(task.batch(0).pairs.extra_nCSS) == 3
+
+
+def test_rewards_and_ratios_are_what_a_loop_over_the_drawings_finds(world, tmp_path):
+    policy = PolicyConfig(baseline="greedy", batch_size=2, retrieval_weight=0.7)
+    schedule = ScheduleConfig(steps=2, retrieval_steps=1, generator_steps=1)
+    job = job_of(tmp_path / "a", world, policy=policy, schedule=schedule)
+    Path(job.out).mkdir()
+    task = build(job, Ranks(), CPU)
+    task.restore(0, {})
+    drawn = task.batch(1).drawn
+    task.f.model.eval()
+    maps = task.g.model.encode(drawn.photo_g)
+    rows = task._policy_rows(drawn, maps, task._columns(drawn))
+    with torch.no_grad():
+        photo_RD = task.f.model.embed_photos(drawn.photo_f)
+
+        def reward(sketch_f, sketch_d, row):
+            sketch = task.f.model.embed_sketches(sketch_f[None])[0]
+            near = (sketch - photo_RD[row]).norm()
+            others = [i for i in range(4) if drawn.photo_id_R[i] != drawn.photo_id_R[row]]
+            far = {int(drawn.photo_id_R[i]): (sketch - photo_RD[i]).norm() for i in others}
+            triplet = torch.stack([(0.3 + near - d).clamp(min=0) for d in far.values()]).mean()
+            certainty = task.d.certainty(drawn.photo_d[row][None], sketch_d[None])[0]
+            return float(certainty - 0.7 * triplet)
+
+        for b, row in enumerate(drawn.row_of_b.tolist()):
+            expected = reward(drawn.sketch_f[b], drawn.sketch_d[b], row)
+            assert float(rows.reward_B[b]) == pytest.approx(expected, abs=1e-5)
+            greedy = reward(drawn.pseudo_f[row], drawn.pseudo_d[row], row)
+            assert float(rows.greedy_B[b]) == pytest.approx(greedy, abs=1e-5)
+    # Nothing was learnt since they were drawn, by actors or not.
+    assert (rows.log_prob_B - rows.behaviour_B).abs().max() < 1e-3
+    assert policy_losses(rows, policy)["ratio"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_critic_sees_each_photo_with_its_own_sketch_its_drawing_and_a_wrong_photo(
+    world, tmp_path
+):
+    job = job_of(tmp_path / "a", world)
+    task = build(job, Ranks(), CPU)
+    rows = task.batch(0).critic
+    numbers = [int(task.labelled.d.photo_of[row.sketch]) for row in task.f.labelled_rows(0)]
+    for i, number in enumerate(numbers):
+        own = torch.from_numpy(task.labelled.d.photos[number].copy())
+        flip = not torch.equal(rows.photo_bCSS[i], own)
+        assert torch.equal(rows.photo_bCSS[i], own.flip(-1) if flip else own)
+        wrong = rows.wrong_bCSS[i].flip(-1) if flip else rows.wrong_bCSS[i]
+        found = [
+            k for k, p in enumerate(task.labelled.d.photos) if np.array_equal(p, wrong.numpy())
+        ]
+        assert found
+        assert number not in found
+    for rasters in (rows.real_bSS, rows.own_bSS, rows.drawn_uSS):
+        assert rasters.dtype == torch.uint8
+    assert len(rows.photo_uCSS) == len(rows.drawn_uSS) == 4
+
+
+def test_a_damaged_photo_does_not_keep_a_run_from_its_end(world, tmp_path):
+    folder = tiny_store(tmp_path / "photos", 6, damaged=[2])
+    ids, photos = some_photos(folder, Sides(64, 64, 32))
+    assert len(ids) == 5
+    assert {side: len(p) for side, p in photos.items()} == {32: 5, 64: 5}
 
 
 def test_turns_follow_the_schedule_and_versions_count_them(world, tmp_path):
@@ -209,6 +307,8 @@ def test_a_warm_start_goes_on_from_the_teacher(world, tmp_path):
 class Scripted:
     """Rows by a list of (certainty, version), one after another."""
 
+    name = ""
+
     def __init__(self, script):
         self.script = list(script)
         self.told_fates = {}
@@ -231,8 +331,19 @@ class Scripted:
         return None
 
 
+class Streamed(Scripted):
+    """A stream that keeps its own account."""
+
+    def __init__(self, script, name):
+        super().__init__(script)
+        self.name = name
+
+    def told(self):
+        return Counter({"used": self.handed - 1, "in_flight": 1})
+
+
 def rows_of(script, tries=3, staleness=1):
-    config = joint_config(stream=StreamConfig(sync=True, max_tries=tries, max_staleness=staleness))
+    config = joint_config(stream=StreamConfig(max_tries=tries, max_staleness=staleness))
     source = Scripted(script)
     return DrawnRows(source, config, Ranks()), source
 
@@ -284,6 +395,36 @@ def test_counts_go_on_after_a_restart_and_what_was_in_flight_is_lost():
     state = rows.state()
     assert dict(state["fates"]) == {"used": 7, "filtered lost": 2}
     assert state["lags"]["0"] == 7
+
+
+def test_all_late_rows_are_in_the_last_bin():
+    rows, _ = rows_of([(0.9, 9), (0.9, 7), (0.9, 6), (0.9, 0), (0.9, 9), (0.9, 9), (0.9, 9)])
+    rows.take(0, 9, "pseudo", 4, None)
+    state = rows.state()
+    assert dict(state["lags"]) == {"0": 4, "2": 3}
+    assert dict(state["fates"]) == {"used": 4, "stale": 3}
+
+
+def test_a_version_that_a_dead_process_published_is_stale():
+    rows, _ = rows_of([(0.9, 7), (0.9, 5)])
+    ((row, _),) = rows.take(0, 5, "pseudo", 1, None)
+    assert row.version == 5
+    assert rows.state()["fates"]["stale"] == 1
+
+
+@pytest.mark.parametrize(("name", "used", "lost"), [("same", 3, 0), ("other", 6, 1)])
+def test_a_stream_that_outlives_a_learner_is_not_counted_twice(name, used, lost):
+    config = joint_config(stream=StreamConfig())
+    source = Streamed([(0.9, 0)] * 4, "same")
+    first = DrawnRows(source, config, Ranks())
+    first.take(0, 0, "pseudo", 4, None)
+    again = source if name == "same" else Streamed([(0.9, 0)] * 4, name)
+    second = DrawnRows(again, config, Ranks())
+    second.restore(first.state())
+    if name == "other":
+        second.take(0, 0, "pseudo", 4, None)
+    fates = second.state()["fates"]
+    assert (fates["used"], fates["filtered lost"], fates["in_flight"]) == (used, lost, 1)
 
 
 def test_sides_are_named_once():
