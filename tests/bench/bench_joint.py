@@ -69,7 +69,6 @@ TINY = (
     "generator.discriminator.layers=2",
     "generator.optim.batch_size=4",
     "policy.batch_size=2",
-    "stream.batch_size=4",
 )
 # G and D of recipes/paper-generator.toml, with few rows a step: F and a step's rows are so small
 # that sending weights has a larger share of a step than it would have in earnest.
@@ -89,7 +88,6 @@ PAPER = (
     "generator.discriminator.batch_size=2",
     "generator.discriminator.plain=true",
     "policy.batch_size=2",
-    "stream.batch_size=2",
 )
 SIZES: Mapping[str, Sequence[str]] = {
     "tiny": TINY,
@@ -97,6 +95,8 @@ SIZES: Mapping[str, Sequence[str]] = {
     "paper": PAPER,
     "paper-frozen": (*PAPER, "generator.model.train_backbone=false"),
 }
+AT_ONCE = {"tiny": 4, "default": 16, "paper": 2, "paper-frozen": 2}
+"""Photos that an actor draws at once; learners that draw have no such setting."""
 
 # --------------------------------------------------------------------------- what is trained
 
@@ -214,7 +214,9 @@ def trained(job: Job, out: Path, actors: int, turns: int) -> tuple[list[Mark], l
 
 def wait(options: argparse.Namespace, root: Path) -> None:
     """How long a learner waits for drawings."""
-    job, skip = prepared(options, options.size, root / "wait")
+    job, skip = prepared(
+        options, options.size, root / "wait", f"stream.batch_size={AT_ONCE[options.size]}"
+    )
     run = root / "run"
     marks, publications = trained(job, run, options.actors, options.skip_turns)
     steps = Steps.of_run(run, skip)
@@ -300,6 +302,7 @@ def publish(options: argparse.Namespace, root: Path) -> None:
             "schedule.retrieval_steps=1",
             "schedule.generator_steps=1",
             "stream.max_staleness=1000",
+            f"stream.batch_size={AT_ONCE[size]}",
         )
         run = root / f"run-{size}"
         marks, publications = trained(job, run, options.actors, options.skip_turns)
