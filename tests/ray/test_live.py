@@ -278,7 +278,9 @@ def test_a_learner_that_takes_all_and_one_that_dies_leave_the_others_enough(fake
         greedy.account(dict.fromkeys(taken[1:], USED))
         greedy.close()
 
-        reborn = pickle.loads(pickle.dumps(stream.shards[0].__class__(greedy.actor, 0, 60.0)))
+        reborn = pickle.loads(
+            pickle.dumps(stream.shards[0].__class__(greedy.actor, 0, 60.0, greedy.name))
+        )
         fresh = [reborn.next().ticket for _ in range(10)]
         assert not {*kept, *taken} & set(fresh)
         ledger = stream.ledger()
