@@ -30,6 +30,7 @@ from sbir_ray.errors import SbirError, UserError
 from sbir_ray.runlog import Ledger, write_json_atomic
 from sbir_ray.stream.exchange import Fate
 from sbir_ray.stream.filters import filter_reason
+from sbir_ray.stream.live_photos import seed_of
 from sbir_ray.stream.live_rows import LiveRow, LiveSketcher
 from sbir_ray.strict import SCHEMA_VERSION
 from sbir_ray.train import batch_rows
@@ -145,7 +146,7 @@ class LearnersDraw:
             tickets,
             [self.ids[i] for i in places],
             [{side: photos[i] for side, photos in self.photos.items()} for i in places],
-            [drawing_seed(self.seed, key, position) for position in positions],
+            [seed_of(self.seed, key, position) for position in positions],
             samples=None if kind == "policy" else 0,
         )
 
@@ -154,11 +155,6 @@ class LearnersDraw:
 
     def told(self) -> None:
         """See :class:`Source`."""
-
-
-def drawing_seed(*keys: object) -> int:
-    """The seed of one drawing, 62 bits."""
-    return int(rng_of(*keys).integers(2**62))
 
 
 def some_photos(photos: Path, sides: Sides) -> tuple[list[str], dict[int, NDArray[np.uint8]]]:
@@ -412,7 +408,7 @@ def critic_rows(
 
     own = wrong = None
     if not config.discriminator.plain:
-        seeds = [drawing_seed(*keys, "own", sketch) for sketch in sketches]
+        seeds = [seed_of(*keys, "own", sketch) for sketch in sketches]
         drawings = labelled.drawn(sketcher, numbers, seeds, samples=0)
         own = rasters([row.drawn.strokes for row in drawings], flips, rngs)
         count = len(pairs.photo_ids)

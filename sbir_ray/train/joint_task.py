@@ -35,6 +35,7 @@ from sbir_ray.joint import (
 from sbir_ray.losses import mean_triplet
 from sbir_ray.runs import load_discriminator, load_generator, load_retrieval
 from sbir_ray.stream.filters import TeacherRanker, reference_photos
+from sbir_ray.stream.live_photos import seed_of
 from sbir_ray.stream.live_rows import LiveSketcher, published
 from sbir_ray.train.exhibits import SHOWN, Exhibits, finish
 from sbir_ray.train.generator_task import GeneratorBatch, GeneratorTask
@@ -49,7 +50,6 @@ from sbir_ray.train.joint_rows import (
     Sides,
     Source,
     critic_rows,
-    drawing_seed,
     policy_batch,
     pseudo_rows,
     some_photos,
@@ -234,7 +234,7 @@ class JointTask:
         taken = self.rows.take(step, version, "policy", count, None)
         items = self.own_stream.batch(step, count)
         photos = [items[i][1] for i in self.ranks.mine(count)]
-        seeds = [drawing_seed(self.config.seed, "rewarded", step, photo) for photo in photos]
+        seeds = [seed_of(self.config.seed, "rewarded", step, photo) for photo in photos]
         own = self.labelled.drawn(self.sketcher, photos, seeds, samples=None)
         return policy_batch([row for row, _ in taken] + own, self.sides, self.drawing)
 

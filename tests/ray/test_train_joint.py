@@ -10,6 +10,7 @@ from sbir_ray import checkpoint
 from sbir_ray.config import FilterConfig, ScheduleConfig, StreamConfig
 from sbir_ray.train.launch import Actors, train
 from sbir_ray.train.tasks import joint_jobs
+from tests.interrupted import interrupted
 from tests.tiny import joint_config, tiny_pairs
 from tests.tiny_store import tiny_store
 
@@ -67,25 +68,14 @@ def test_two_workers_train_on_what_actors_draw_with_newer_and_newer_weights(
     assert checkpoint.load(run).step == 9
 
 
-def test_a_stopped_run_goes_on_with_its_counts_in_this_process(
-    tmp_path, inputs, cluster, monkeypatch
-):
+def test_a_stopped_run_goes_on_with_its_counts_in_this_process(tmp_path, inputs, cluster):
     config = joint_config(
         filters=FilterConfig(min_points=1),
         stream=StreamConfig(batch_size=4, wait_limit=60.0),
     )
     (job,) = joint_jobs(str(tmp_path / "run"), config, inputs)
-    save = checkpoint.save
-
-    def killed_after(run, step, *rest):
-        save(run, step, *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", killed_after)
-    with pytest.raises(KeyboardInterrupt):
-        train([job], workers=0)
+    interrupted(lambda: train([job], workers=0))
     before = accounted(Path(job.out))
-    monkeypatch.setattr(checkpoint, "save", save)
     train([job], workers=0)
     after = accounted(Path(job.out))
     assert after["used"] > before["used"] > 0

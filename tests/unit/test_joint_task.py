@@ -27,6 +27,7 @@ from sbir_ray.train.joint_rows import DrawnRows, Sides, some_photos
 from sbir_ray.train.loop import fit
 from sbir_ray.train.ranks import Ranks
 from sbir_ray.train.tasks import build, joint_jobs
+from tests.interrupted import interrupted
 from tests.tiny import generator_config, joint_config, retrieval_config, tiny_pairs
 from tests.tiny_store import tiny_store
 from tests.unit.test_workers import gradients, in_processes
@@ -222,24 +223,13 @@ def test_every_policy_trains_and_its_terms_are_logged(world, tmp_path, kind):
     assert not torch.equal(before["output.weight"], after["generator.output.weight"])
 
 
-def test_the_same_run_twice_is_the_same_bit_for_bit_and_a_stopped_one_too(
-    world, tmp_path, monkeypatch
-):
+def test_the_same_run_twice_is_the_same_bit_for_bit_and_a_stopped_one_too(world, tmp_path):
     straight = job_of(tmp_path / "a", world)
     again = dataclasses.replace(straight, out=str(tmp_path / "b"))
     stopped = dataclasses.replace(straight, out=str(tmp_path / "c"))
     fit(straight, Ranks(), CPU, lambda _: None)
     fit(again, Ranks(), CPU, lambda _: None)
-    save = checkpoint.save
-
-    def killed_after(run, step, *rest):
-        save(run, step, *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", killed_after)
-    with pytest.raises(KeyboardInterrupt):
-        fit(stopped, Ranks(), CPU, lambda _: None)
-    monkeypatch.setattr(checkpoint, "save", save)
+    interrupted(lambda: fit(stopped, Ranks(), CPU, lambda _: None))
     said = []
     fit(stopped, Ranks(), CPU, said.append)
     assert "resumed at step 2" in said[0]

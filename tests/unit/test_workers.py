@@ -19,6 +19,7 @@ from sbir_ray.train import loop
 from sbir_ray.train.job import Job
 from sbir_ray.train.loop import fit, learning_rate
 from sbir_ray.train.ranks import Ranks
+from tests.interrupted import interrupted
 from tests.tiny import generator_config, retrieval_config, tiny_pairs
 
 CPU = torch.device("cpu")
@@ -102,19 +103,10 @@ def test_two_workers_have_the_losses_and_gradients_of_one(tmp_path, pairs):
 
 
 @pytest.mark.parametrize("kind", ["retrieval", "generator"])
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, pairs, kind, monkeypatch):
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, pairs, kind):
     straight, stopped = job_of(kind, tmp_path / "a", pairs), job_of(kind, tmp_path / "b", pairs)
     fit(straight, Ranks(), CPU, lambda _: None)
-    save = checkpoint.save
-
-    def killed_after(run, step, *rest):
-        save(run, step, *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", killed_after)
-    with pytest.raises(KeyboardInterrupt):
-        fit(stopped, Ranks(), CPU, lambda _: None)
-    monkeypatch.setattr(checkpoint, "save", save)
+    interrupted(lambda: fit(stopped, Ranks(), CPU, lambda _: None))
     said = []
     fit(stopped, Ranks(), CPU, said.append)
     assert "resumed at step 2" in said[0]
