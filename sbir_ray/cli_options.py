@@ -11,9 +11,24 @@ import click
 
 from sbir_ray import config as settings
 from sbir_ray import strict
+from sbir_ray.places import place, reach
 
 F = TypeVar("F", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path)
+
+
+class Folder(click.ParamType[Path]):
+    """A path, or the URI of a place in an object store, which is asked for at once."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """See :func:`sbir_ray.places.place`."""
+        found = place(value)
+        reach(found)
+        return found
+
+
+FOLDER = Folder()
 PAIRS = click.option("--pairs", "pairs_dir", type=FOLDER, required=True, help="PAIRS folder.")
 OUT = click.option("--out", type=FOLDER, required=True, help="Run folder to write or resume.")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import sys
@@ -23,6 +22,7 @@ from rich.progress import Progress as RichProgress
 
 import sbir_ray
 from sbir_ray.errors import DamagedError, UserError
+from sbir_ray.places import is_local, remove_tree, sync, told, write_bytes
 
 # --------------------------------------------------------------------------- ledgers
 
@@ -251,26 +251,7 @@ def write_json_atomic(path: Path, obj: Any) -> None:
     Raises:
         ValueError: a number that JSON does not have (NaN, infinity).
     """
-    text = json.dumps(obj, indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_bytes(path, (json.dumps(obj, indent=1, allow_nan=False) + "\n").encode())
 
 
 @contextmanager
@@ -286,6 +267,10 @@ def building(out: Path, request: Mapping[str, Any]) -> Iterator[Path]:
     Raises:
         UserError: ``out`` exists, or another process is making it.
     """
+    if not is_local(out):
+        with _building_there(out, request):
+            yield out
+        return
     partial = out.with_name(f"{out.name}.partial")
     _refuse_existing(out)
     partial.mkdir(parents=True, exist_ok=True)
@@ -302,7 +287,22 @@ def building(out: Path, request: Mapping[str, Any]) -> Iterator[Path]:
         (partial / _REQUEST).unlink()
         (partial / _LOCK).unlink()
         partial.rename(out)
-        sync_folder(out.parent)
+        sync(out.parent)
+
+
+@contextmanager
+def _building_there(out: Path, request: Mapping[str, Any]) -> Iterator[None]:
+    """:func:`building` in an object store, which cannot rename: in ``out`` itself, which is being
+    made while it has a ``request.json``. Its header is written last, so nobody reads it before."""
+    with told(out):
+        if not (out / _REQUEST).exists():
+            _refuse_existing(out)
+        elif not _same_request(out / _REQUEST, request):
+            remove_tree(out)
+    write_json_atomic(out / _REQUEST, request)
+    yield
+    with told(out):
+        (out / _REQUEST).unlink()
 
 
 def _refuse_existing(out: Path) -> None:

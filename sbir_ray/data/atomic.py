@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sbir_ray.errors import UserError
+from sbir_ray.places import copy_tree, is_local, place, sync, told
 
 
 def refuse_existing(target: str | Path) -> None:
@@ -17,9 +19,12 @@ def refuse_existing(target: str | Path) -> None:
     Raises:
         UserError: ``target`` is a file or a folder that is not empty.
     """
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: exists already and is not empty; remove it or name another one")
+    target = place(target)
+    with told(target):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(
+                f"{target}: exists already and is not empty; remove it or name another one"
+            )
 
 
 @contextmanager
@@ -27,13 +32,19 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its name when the block ends well.
 
     When the block raises, the temporary folder is removed and ``target`` is as it was. Files are
-    on the disk before the name is.
+    on the disk before the name is. For an object store it is a folder of this machine, whose files
+    are sent when the block ends well, the headers last.
 
     Raises:
         UserError: as :func:`refuse_existing`, or the folder cannot be made.
     """
-    target = Path(target)
+    target = place(target)
     refuse_existing(target)
+    if not is_local(target):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+            copy_tree(Path(folder), target)
+        return
     work = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -44,17 +55,9 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     try:
         yield work
         for path in [*work.rglob("*"), work]:
-            _sync(path)
+            sync(path)
         os.rename(work, target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -27,6 +27,7 @@ from sbir_ray.data.atomic import new_folder
 from sbir_ray.data.photos import PHOTO_SCHEMA, PhotoRow
 from sbir_ray.data.strokes import Strokes, unflatten
 from sbir_ray.errors import DamagedError, UserError
+from sbir_ray.places import open_table, place
 from sbir_ray.strict import SCHEMA_VERSION, check_schema
 
 Split = Literal["train", "val", "test"]
@@ -158,7 +159,7 @@ def read_header(folder: str | Path) -> dict[str, Any]:
         UserError: not a PAIRS folder, or one of a newer version.
         DamagedError: a table is missing.
     """
-    folder = Path(folder)
+    folder = place(folder)
     file = folder / _HEADER
     advice = "not a PAIRS folder; make one with `sbir-ray pairs import`"
     try:
@@ -202,9 +203,9 @@ def _rows(
     folder: str | Path, table: str, schema: pa.Schema, rows: int, splits: Collection[str] | None
 ) -> Iterator[Any]:
     read_header(folder)
-    file = Path(folder) / table
+    file = place(folder) / table
     try:
-        with pq.ParquetFile(file) as parquet:
+        with open_table(file) as parquet:
             for batch in parquet.iter_batches(batch_size=rows, columns=schema.names):
                 for row in batch.to_pylist():
                     if splits is None or row["split"] in splits:
