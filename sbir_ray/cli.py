@@ -6,6 +6,7 @@ standard error. Exit codes: 0 done, 1 failed, 2 something the user has to change
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Literal
@@ -258,7 +259,17 @@ def ingest(
 )
 @click.option("--photos", type=FOLDER, required=True, help="PHOTOS folder.")
 @click.option("--out", type=FOLDER, required=True, help="PSEUDO folder to write.")
-@click.option("--teacher", type=FOLDER, metavar="RUN", help="Who ranks, for filters.max_rank.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    help="Drawings a photo, of which the best becomes a pair (keep=all: all of them).",
+)
+@click.option(
+    "--teacher",
+    type=FOLDER,
+    metavar="RUN",
+    help="Retrieval network that ranks each photo for its drawings, to choose by.",
+)
 @with_actors
 @with_ray
 @with_json
@@ -269,6 +280,7 @@ def sketch(
     sketcher: str | None,
     photos: Path,
     out: Path,
+    samples: int | None,
     teacher: Path | None,
     actors: tuple[int, int] | None,
     cpus_per_actor: float | None,
@@ -278,6 +290,9 @@ def sketch(
 ) -> None:
     """Draw every photo of a store: pseudo pairs with their certainty.
 
+    With --samples K each photo is drawn K times; all drawings are stored, and the one whose photo
+    the teacher ranks first, or else the most certain one, becomes a pair.
+
     Example: sbir-ray sketch --generator runs/g --photos photos --out pseudo --actors 1:4
     """
     from sbir_ray.runlog import Progress
@@ -286,6 +301,8 @@ def sketch(
 
     if (generator is None) == (sketcher is None):
         raise UserError("sketch: give either --generator RUN or --sketcher contours|edges")
+    if samples is not None:
+        config = dataclasses.replace(config, samples=samples)
     with connect(address):
         ledger = run_sketch(
             photos.resolve(),

@@ -261,11 +261,15 @@ class SketchConfig:
     seed: int = 0
     samples: int = 1
     """Drawings a photo."""
+    keep: Literal["best", "all"] = "best"
+    """Which of a photo's drawings that pass the filters become pairs: the one whose photo the
+    teacher ranks first (of several, the most similar one; without a teacher, the most certain one),
+    or all. The others are stored as well."""
     temperature: float = 0.25
     """Of a generator. 0: the most likely drawing (the paper's way); 1: sampled from the model.
     Between them more drawings come to an end by themselves than at 0."""
     batch_size: int = 32
-    """Photos that an actor draws at once."""
+    """Photos that an actor draws at once, all drawings of each."""
     filters: FilterConfig = field(default_factory=FilterConfig)
 
     def __post_init__(self) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
     from sbir_ray.models.retrieval import RetrievalNet
 
+Keep = Literal["best", "all"]
+NOT_BEST = "not-best"
+"""Reason of a drawing that passes the filters, beside a better one of its photo."""
 REFERENCES = 512
 """Most photos among which a photo is ranked."""
 
@@ -60,6 +64,30 @@ def filter_reason(drawn: Drawn, filters: FilterConfig) -> str:
     return next((name for name, holds in met.items() if not holds), "")
 
 
+def choose(drawn: Sequence[Drawn], filters: FilterConfig, keep: Keep) -> list[str]:
+    """Why each of one photo's drawings is left out, or "" for those that are kept.
+
+    A drawing is left out by the first filter that it does not meet; or, where only the best is
+    kept, as :data:`NOT_BEST`. The best is the one by which the photo's rank is the least, then of
+    the largest similarity, certainty and mean log-probability, and then the first.
+    """
+    reasons = [filter_reason(one, filters) for one in drawn]
+    passed = [i for i, reason in enumerate(reasons) if not reason]
+    if keep == "best" and passed:
+        best = max(passed, key=lambda i: (_quality(drawn[i]), -i))
+        for i in passed:
+            if i != best:
+                reasons[i] = NOT_BEST
+    return reasons
+
+
+def _quality(drawn: Drawn) -> tuple[float, ...]:
+    """Larger is better; what is not a number is worst."""
+    mean = drawn.log_prob / max(drawn.rows, 1)
+    numbers = (-drawn.rank, drawn.similarity, drawn.certainty, mean)
+    return tuple(-math.inf if math.isnan(number) else number for number in numbers)
+
+
 def refuse_without_effect(
     filters: FilterConfig, sketcher: Sketcher, teacher: Path | None, photos: int
 ) -> None:
@@ -88,10 +116,6 @@ def refuse_without_effect(
     if filters.max_rank > 0 and teacher is None:
         raise UserError(
             f"filters.max_rank={filters.max_rank}: ranks are a teacher's; give --teacher RUN"
-        )
-    if filters.max_rank == 0 and teacher is not None:
-        raise UserError(
-            f"--teacher {teacher}: ranks nothing; set filters.max_rank, for example to 20"
         )
     if filters.max_rank >= last:
         raise UserError(
@@ -125,23 +149,32 @@ class TeacherRanker:
             self.places[_identity(photo_3SS)].append(place)
 
     def rank(self, photos_B3SS: NDArray[np.uint8], sketches: Sequence[Strokes]) -> list[int]:
-        """The rank of each photo for its own drawing, 1 to R + 1.
+        """The rank of each photo for its own drawing, as of :meth:`compare`."""
+        return [rank for rank, _ in self.compare(photos_B3SS, sketches)]
 
-        1 + the number of reference photos, other than the photo itself, that are at least as near
-        to the drawing. It does not depend on the other rows of the batch.
+    def compare(
+        self, photos_B3SS: NDArray[np.uint8], sketches: Sequence[Strokes]
+    ) -> list[tuple[int, float]]:
+        """The rank, 1 to R + 1, and the cosine of each drawing's photo.
+
+        The rank is 1 + the number of reference photos, other than the photo itself, that are at
+        least as near to the drawing. Neither depends on the other rows of the batch.
 
         Args:
             photos_B3SS: aligned at the teacher's image size.
-            sketches: B of them, canonical.
+            sketches: B K of them, canonical, those of a photo side by side.
         """
         photo_BD = self._embed(self.model.embed_photos, photos_B3SS)
-        sketch_BD = self._embed(self.model.embed_sketches, rasterise(sketches, self.image_size))
-        found: list[int] = []
-        for photo_3SS, photo_D, sketch_D in zip(photos_B3SS, photo_BD, sketch_BD, strict=True):
-            further_R = self.reference_RD @ sketch_D < sketch_D @ photo_D - _TIE
+        sketch_MD = self._embed(self.model.embed_sketches, rasterise(sketches, self.image_size))
+        each = len(sketches) // len(photos_B3SS)
+        own_B = [self.places.get(_identity(photo_3SS), []) for photo_3SS in photos_B3SS]
+        found: list[tuple[int, float]] = []
+        for number, sketch_D in enumerate(sketch_MD):
+            similarity = sketch_D @ photo_BD[number // each]
+            further_R = self.reference_RD @ sketch_D < similarity - _TIE
             nearer_R = (~further_R).cpu().numpy()  # as is what cannot be compared
-            nearer_R[self.places.get(_identity(photo_3SS), [])] = False
-            found.append(1 + int(nearer_R.sum()))
+            nearer_R[own_B[number // each]] = False
+            found.append((1 + int(nearer_R.sum()), float(similarity)))
         return found
 
     def _embed(self, network: Callable[[Tensor], Tensor], pictures: NDArray[np.uint8]) -> Tensor:

@@ -24,23 +24,30 @@ PSEUDO_SCHEMA = pa.schema(
     [
         ("photo_id", pa.string()),
         ("image", pa.binary()),
+        ("photo_sha256", pa.string()),
+        ("sample", pa.int32()),
         ("strokes", pa.list_(pa.list_(pa.float32()))),
+        ("points", pa.int32()),
         ("certainty", pa.float32()),
         ("log_prob", pa.float32()),
+        ("rows", pa.int32()),
+        ("ended", pa.bool_()),
         ("rank", pa.int32()),
-        ("points", pa.int32()),
+        ("similarity", pa.float32()),
+        ("seed", pa.int64()),
         ("generator_version", pa.int32()),
         ("generator_digest", pa.string()),
-        ("seed", pa.int64()),
+        ("settings_digest", pa.string()),
         ("round", pa.int32()),
         ("kept", pa.bool_()),
         ("status", pa.string()),
         ("reason", pa.string()),
     ]
 )
-"""A pseudo pair. ``image`` is the photo's stored JPEG, so that training needs nothing else;
-``status`` is its fate: kept, filtered or failed; ``rank`` is 0 when no teacher was asked. A photo
-drawn twice has two rows, other seeds."""
+"""A drawing of a photo, the ``sample``-th from 0. ``image`` is the photo's stored picture, so that
+training needs nothing else, and ``photo_sha256`` its digest; ``status`` is its fate: kept, filtered
+or failed; ``rank`` and ``similarity`` are 0 when no teacher was asked, ``rows`` when there is no
+log-probability. All drawings of a photo lie in one file, in the order of their samples."""
 
 HEADER = "pseudo.json"
 

@@ -24,6 +24,11 @@ from sbir_ray.strict import to_dict
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sbir_ray.models.decoder import Drawing
+
+_GPU_BATCH = 256
+"""Pairs that a discriminator judges at once on a GPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
@@ -41,6 +46,8 @@ class Drawn:
     """Stroke-5 rows that ``log_prob`` is the sum over; 0 of what is drawn without chance."""
     rank: int = 0
     """Of the photo for the drawing, from 1, by a teacher; 0 if none was asked."""
+    similarity: float = 0.0
+    """Cosine of photo and drawing, by the teacher."""
 
 
 class Sketcher(Protocol):
@@ -61,8 +68,18 @@ class Sketcher(Protocol):
     """Whether a discriminator says how certain a pair is."""
 
     def draw(self, photos_BHW3: NDArray[np.uint8], seeds: Sequence[int]) -> list[Drawn]:
-        """One drawing of each photo (B, S, S, 3), aligned at ``image_size``."""
+        """The drawings of photos (B, S, S, 3), aligned at ``image_size``.
+
+        Args:
+            seeds: B K of them, those of a photo side by side; so many drawings are made.
+        """
         ...
+
+
+def row_seed(seed: int, photo_id: str, sample: int) -> int:
+    """Seed of one drawing, 63 bits, from the run's seed, the photo and the drawing's number."""
+    text = f"{seed}/{photo_id}/{sample}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +145,9 @@ class Tracer:
         self._trace = _TRACERS[name]
 
     def draw(self, photos_BHW3: NDArray[np.uint8], seeds: Sequence[int]) -> list[Drawn]:
-        """See :class:`Sketcher`; the seeds are not used."""
-        return [Drawn(self._trace(photo)) for photo in photos_BHW3]
+        """See :class:`Sketcher`; the seeds say how many drawings there are, all the same."""
+        each = len(seeds) // len(photos_BHW3)
+        return [drawn for photo in photos_BHW3 for drawn in [Drawn(self._trace(photo))] * each]
 
 
 # --------------------------------------------------------------------------- the generator
@@ -171,16 +189,36 @@ class GeneratorSketcher:
         photo_B3SS = self._moved(photos_BHW3.transpose(0, 3, 1, 2))
         gpu = self.device.type == "cuda"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=gpu):
-            drawings = self.generator.draw(
-                photo_B3SS, seeds, self.temperature, decoder=self.decoder
-            )
+            drawings = self._drawings(photo_B3SS, seeds)
             certainty = self._certainty(photo_B3SS, [d.strokes for d in drawings])
         return [
             Drawn(drawing.strokes, sure, drawing.log_prob, drawing.ended, len(drawing.rows))
             for drawing, sure in zip(drawings, certainty, strict=True)
         ]
 
+    def _drawings(self, photo_B3SS: Tensor, seeds: Sequence[int]) -> list[Drawing]:
+        """As of ``Generator.draw``, with each photo's map computed once for all its drawings."""
+        import torch
+
+        from sbir_ray.models.decoder import Noise
+
+        config, block = self.generator.config, self.decoder.block
+        # One at a time on a CPU, where a convolution may round differently in a batch.
+        groups = photo_B3SS.split(block if self.device.type == "cuda" else 1)
+        map_BCHW = torch.cat([self.generator.encode(group) for group in groups])
+        each = len(seeds) // len(photo_B3SS)
+        photo_of = torch.arange(len(seeds), device=self.device) // each
+        drawings: list[Drawing] = []
+        for start in range(0, len(seeds), block):
+            part = slice(start, start + block)
+            noise = Noise.seeded(
+                seeds[part], config.max_points + 1, config.mixtures, self.temperature
+            )
+            drawings += self.decoder.draw(map_BCHW[photo_of[part]], noise)
+        return drawings
+
     def _certainty(self, photo_B3SS: Tensor, sketches: list[Strokes]) -> list[float]:
+        import torch
         from torch.nn import functional as F
 
         from sbir_ray.data.raster import rasterise
@@ -196,11 +234,14 @@ class GeneratorSketcher:
         fitted = [fit(sketch, config.max_points, config.epsilon) for sketch in sketches]
         raster_BSS = self._moved(rasterise(fitted, size))
         # One pair at a time on a CPU, where a batch is no faster and may round differently.
-        at_once = len(sketches) if self.device.type == "cuda" else 1
+        at_once = _GPU_BATCH if self.device.type == "cuda" else 1
+        photo_of = torch.arange(len(sketches), device=self.device)
+        photo_of //= len(sketches) // len(photo_B3SS)
         found: list[float] = []
         for start in range(0, len(sketches), at_once):
             part = slice(start, start + at_once)
-            found += self.discriminator.certainty(photo_B3SS[part], raster_BSS[part]).tolist()
+            photos = photo_B3SS[photo_of[part]]
+            found += self.discriminator.certainty(photos, raster_BSS[part]).tolist()
         return found
 
     def _moved(self, pixels: NDArray[np.uint8]) -> Tensor:

@@ -15,8 +15,7 @@ from sbir_ray.data.raster import rasterise
 from sbir_ray.data.strokes import Strokes
 from sbir_ray.evaluate import evaluate_retrieval, ranks
 from sbir_ray.runs import load_retrieval
-from sbir_ray.stream.sketchers import SketcherSpec
-from sbir_ray.stream.sketching import row_seed
+from sbir_ray.stream.sketchers import SketcherSpec, row_seed
 from sbir_ray.study.intervals import Found
 
 PEOPLE = "people"

@@ -20,8 +20,9 @@ from sbir_ray.runlog import Ledger, Progress
 from sbir_ray.stream.filters import RankerSpec, reference_photos
 from sbir_ray.stream.ingest import ingest
 from sbir_ray.stream.pseudo_store import PseudoSet, iter_rows, read_header
-from sbir_ray.stream.sketchers import Drawn, SketcherSpec
-from sbir_ray.stream.sketching import plan_blocks, row_seed, sketch
+from sbir_ray.stream.sketch_blocks import plan_blocks
+from sbir_ray.stream.sketchers import Drawn, SketcherSpec, row_seed
+from sbir_ray.stream.sketching import sketch
 from sbir_ray.train.job import Job
 from sbir_ray.train.launch import train
 from tests.tiny import photo, retrieval_config, tiny_pairs
@@ -43,7 +44,8 @@ class Fake:
         self.plans = plans
 
     def draw(self, photos_BHW3, seeds):
-        return [self._one(p, seed) for p, seed in zip(photos_BHW3, seeds, strict=True)]
+        each = len(seeds) // len(photos_BHW3)
+        return [self._one(photos_BHW3[i // each], seed) for i, seed in enumerate(seeds)]
 
     def _one(self, rgb, seed):
         plan = self.plans.get(rgb.tobytes(), "draw")
@@ -89,6 +91,7 @@ def test_the_same_rows_come_from_any_batches_and_actors(tmp_path, store):
     config = SketchConfig(
         seed=5,
         samples=2,
+        keep="all",
         temperature=1.0,
         batch_size=2,
         filters=FilterConfig(min_certainty=0.3),
@@ -120,6 +123,36 @@ def test_the_same_rows_come_from_any_batches_and_actors(tmp_path, store):
         np.testing.assert_array_equal(
             np.concatenate([s.ravel() for s in sketch_]), np.concatenate(mine[0]["strokes"])
         )
+
+
+def test_the_best_of_several_drawings_is_kept_and_all_are_stored(tmp_path, store, teachers):
+    config = SketchConfig(samples=3, batch_size=4, filters=FilterConfig(min_certainty=0.3))
+    by = FakeSpec("fake", plans=((aligned(3), "raise"), (aligned(7), "nothing")))
+    ledger = sketch(store, tmp_path / "best", by, config, teacher=teachers[0])
+    assert ledger.total == 3 * PHOTOS
+    assert ledger.by_reason["failed"] == {"error-ArithmeticError": 3, "nothing-to-draw": 3}
+    rows = collections.defaultdict(list)
+    for row in iter_rows(tmp_path / "best", kept_only=False):
+        rows[row["photo_id"]].append(row)
+    assert len(rows) == PHOTOS
+    for photo_id, drawings in rows.items():
+        assert [row["sample"] for row in drawings] == [0, 1, 2]
+        assert [row["seed"] for row in drawings] == [row_seed(0, photo_id, k) for k in range(3)]
+        certain = [row for row in drawings if row["certainty"] >= 0.3]
+        best = min(certain, key=lambda row: (row["rank"], -row["similarity"]), default=None)
+        for row in drawings:
+            if row["status"] == "failed":
+                assert not row["kept"]
+            elif row["certainty"] < 0.3:
+                assert (row["status"], row["reason"]) == ("filtered", "min_certainty")
+            elif row is best:
+                assert (row["kept"], row["reason"]) == (True, "")
+            else:
+                assert (row["status"], row["reason"]) == ("filtered", "not-best")
+            assert row["status"] == "failed" or (row["rank"] > 0 and row["similarity"] != 0)
+    kept = list(iter_rows(tmp_path / "best"))
+    assert len(kept) == ledger.count("kept") > PHOTOS / 2
+    assert len(PseudoSet.load(tmp_path / "best", 32).photo_ids) == len(kept)
 
 
 def test_photos_that_fail_are_accounted_for_and_do_not_touch_the_others(tmp_path, store):
@@ -278,11 +311,3 @@ def test_what_was_ranked_by_another_teacher_is_drawn_again(tmp_path, store, teac
     final = {(file.name, identity(file)) for file in out.glob("round-0000/part-*")}
     assert not first & final
     assert {name for name, _ in first} <= {name for name, _ in final}
-
-
-def test_blocks_are_whole_batches_and_cover_every_photo(store):
-    for batch in (1, 4, 5, 32):
-        blocks = plan_blocks(store, batch)
-        assert all(block.rows % batch == 0 for block in blocks[:-1])
-        assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
-        assert sum(block.rows for block in blocks) == PHOTOS

@@ -24,7 +24,9 @@ from sbir_ray.errors import UserError
 from sbir_ray.models.retrieval import RetrievalNet
 from sbir_ray.stream import filters
 from sbir_ray.stream.filters import (
+    NOT_BEST,
     TeacherRanker,
+    choose,
     filter_reason,
     reference_photos,
     refuse_without_effect,
@@ -100,6 +102,57 @@ def test_what_is_not_a_number_is_never_kept(change, reason):
     assert filter_reason(dataclasses.replace(DRAWN, **change), FilterConfig()) == reason
 
 
+# --------------------------------------------------------------------------- the best of several
+
+
+def drawings(**changes):
+    """One for each value."""
+    (name, values), *rest = changes.items()
+    assert not rest
+    return [dataclasses.replace(DRAWN, **{name: value}) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "best"),
+    [
+        ("rank", (7, 2, 2, 9), 1),
+        ("similarity", (0.1, -0.2, 0.3, math.nan), 2),
+        ("certainty", (math.nan, 0.9, 0.5, 0.9), 1),
+        ("log_prob", (-9.0, -8.0, -7.0, -8.0), 2),
+        ("rows", (10, 20, 30, 5), 2),
+        ("points", (0, 0, 0, 0), 0),
+    ],
+)
+def test_the_best_drawing_is_kept_and_the_others_are_told(name, values, best):
+    drawn = [DRAWN] * 4 if name == "points" else drawings(**{name: values})
+    if name == "certainty":  # no number is no certainty: it does not pass the filters
+        reasons = ["min_certainty", "", NOT_BEST, NOT_BEST]
+    else:
+        reasons = [NOT_BEST] * 4
+        reasons[best] = ""
+    assert choose(drawn, FilterConfig(), "best") == reasons
+    expected = ["min_certainty", "", "", ""] if name == "certainty" else [""] * 4
+    assert choose(drawn, FilterConfig(), "all") == expected
+
+
+def test_rank_goes_before_similarity_and_that_before_certainty():
+    by_rank = dataclasses.replace(DRAWN, rank=1, similarity=0.1, certainty=0.1)
+    by_similarity = dataclasses.replace(DRAWN, rank=2, similarity=0.9, certainty=0.2)
+    by_certainty = dataclasses.replace(DRAWN, rank=2, similarity=0.8, certainty=0.9)
+    found = choose([by_certainty, by_similarity, by_rank], FilterConfig(), "best")
+    assert found == [NOT_BEST, NOT_BEST, ""]
+    assert choose([by_certainty, by_similarity], FilterConfig(), "best") == [NOT_BEST, ""]
+
+
+def test_the_best_is_one_that_passes_the_filters():
+    first, second = drawings(rank=(1, 2))
+    short = dataclasses.replace(first, strokes=LINE[:1])
+    settings = FilterConfig(min_points=1, min_strokes=2)
+    assert choose([short, second], settings, "best") == ["min_strokes", ""]
+    assert choose([short, short], settings, "best") == ["min_strokes"] * 2
+    assert choose([], settings, "best") == []
+
+
 # --------------------------------------------------------------------------- without effect
 
 TRACER = SimpleNamespace(name="contours", generative=False, judged=False)
@@ -114,7 +167,6 @@ TEACHER = Path("runs/f")
         ({"min_log_prob": -2.0}, TRACER, None, "min_log_prob=-2: contours draws without chance"),
         ({"require_end": True}, TRACER, None, "require_end=true: contours always ends"),
         ({"max_rank": 20}, GENERATOR, None, "max_rank=20: ranks are a teacher's; give --teacher"),
-        ({}, GENERATOR, TEACHER, "--teacher runs/f: ranks nothing; set filters.max_rank"),
         ({"max_rank": 30}, GENERATOR, TEACHER, "max_rank=30: no rank is above 30 here"),
     ],
 )
@@ -195,6 +247,20 @@ def test_a_rank_does_not_depend_on_the_rest_of_its_batch(model):
     numbers = [3, 20, 7, 21, 5]
     together = ranker.rank(aligned(*numbers), [sketch(n) for n in numbers])
     assert together == [ranker.rank(aligned(n), [sketch(n)])[0] for n in numbers]
+
+
+def test_drawings_of_one_photo_are_compared_with_it_each(model):
+    ranker = TeacherRanker(model, aligned(*range(12)))
+    drawn = [sketch(3), sketch(4), sketch(20), sketch(3, hand=1)]
+    found = ranker.compare(aligned(3, 20), drawn)
+    assert found == [
+        ranker.compare(aligned(n), [one])[0] for n, one in zip((3, 3, 20, 20), drawn, strict=True)
+    ]
+    for n, one, (_, similarity) in zip((3, 3, 20, 20), drawn, found, strict=True):
+        with torch.inference_mode():
+            photo_D = model.embed_photos(torch.from_numpy(aligned(n).copy()))[0]
+            sketch_D = model.embed_sketches(torch.from_numpy(rasterise([one], 64)))[0]
+        assert similarity == pytest.approx(float(photo_D @ sketch_D), abs=1e-5)
 
 
 def test_pixels_that_cannot_be_written_to_are_ranked_too(model):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sbir_ray.data import photos, trace
+from sbir_ray.data.strokes import count_points
 from sbir_ray.errors import UserError
 from sbir_ray.stream.sketchers import SketcherSpec
 from sbir_ray.train.launch import train
@@ -80,6 +81,22 @@ def test_a_generators_drawing_depends_on_its_photo_and_seed_alone(run):
         assert one.certainty == same.certainty
     other = sketcher.draw(pictures[:1], [99])[0]
     assert other.log_prob != together[0].log_prob
+
+
+def test_several_drawings_of_a_photo_are_those_of_one_each(run):
+    sketcher = SketcherSpec(str(run), temperature=1.0).make()
+    pictures = aligned(sketcher.image_size, 3)
+    seeds = list(range(12))
+    found = sketcher.draw(pictures, seeds)
+    alone = [sketcher.draw(pictures[seed // 4 : seed // 4 + 1], [seed])[0] for seed in seeds]
+    for one, same in zip(found, alone, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one.strokes, same.strokes, strict=True))
+        assert (one.log_prob, one.certainty) == (same.log_prob, same.certainty)
+    assert len({one.log_prob for one in found}) == 12
+    traced = SketcherSpec("contours").make().draw(aligned(256, 2), range(4))
+    assert [count_points(one.strokes) for one in traced[::2]] == [
+        count_points(one.strokes) for one in traced[1::2]
+    ]
 
 
 def test_a_generators_drawing_is_judged_by_its_discriminator(run):
