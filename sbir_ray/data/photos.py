@@ -1,8 +1,8 @@
 """Photos: from the bytes of any file to one aligned RGB picture, and the row that stores it.
 
-Every photo goes one way: :func:`decode` (limits checked from the header, orientation applied, RGB
-on white), :func:`make_row` (a JPEG with its identity), :func:`align` (the object in the same box as
-a canonical sketch). A photo that cannot be used raises :class:`PhotoError`, whose ``reason`` is one
+Every photo goes one way: :func:`decode` (the policy is in :mod:`sbir_ray.data.decoding`),
+:func:`make_row` (a JPEG with its identity), :func:`align` (the object in the same box as a
+canonical sketch). A photo that cannot be used raises :class:`PhotoError`, whose ``reason`` is one
 of :data:`REASONS`, so that rejected photos can be counted.
 """
 
@@ -12,37 +12,31 @@ import hashlib
 import io
 import json
 import math
-import warnings
+import os
+import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict, get_args
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from sbir_ray.data.decoding import DEFAULT_LIMITS as DEFAULT_LIMITS
+from sbir_ray.data.decoding import REASONS as REASONS
+from sbir_ray.data.decoding import PhotoError as PhotoError
+from sbir_ray.data.decoding import PhotoLimits as PhotoLimits
+from sbir_ray.data.decoding import Reason as Reason
+from sbir_ray.data.decoding import Rgb as Rgb
+from sbir_ray.data.decoding import check_bytes, encode
+from sbir_ray.data.decoding import decode as decode
 from sbir_ray.errors import UserError
 from sbir_ray.strict import check_schema
 
-Rgb = npt.NDArray[np.uint8]
-"""(H, W, 3) red, green, blue."""
 Grey = npt.NDArray[np.uint8]
 """(H, W)."""
-
-Reason = Literal[
-    "unreadable",
-    "empty",
-    "too-many-bytes",
-    "not-an-image",
-    "too-many-pixels",
-    "unsupported",
-    "damaged",
-]
-REASONS: tuple[Reason, ...] = get_args(Reason)
-"""Why a photo is rejected; no other reason occurs."""
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 """File name endings of photos, lower case."""
@@ -64,21 +58,6 @@ PHOTO_SCHEMA = pa.schema(
     ]
 )
 
-# Only these decoders are ever tried: Pillow has others that start programs (EPS) or that nobody has
-# photos in.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-_AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
-_JPEG_QUALITY = 95
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_ORIENTATION = 0x0112
 # A border is plain when this share of it is this near to its median colour.
 _PLAIN_SHARE = 0.75
 _PLAIN_LEVELS = 12
@@ -105,33 +84,6 @@ class PhotoRow(TypedDict):
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhotoLimits:
-    """What a photo may cost and how it is stored."""
-
-    max_bytes: int = 64 * 2**20
-    """Largest file."""
-    max_pixels: int = 64_000_000
-    """Largest picture, width times height, as the file's header states it."""
-    longest: int = 512
-    """Longest side of the stored picture, pixels; smaller ones are not enlarged."""
-
-
-DEFAULT_LIMITS = PhotoLimits()
-
-
-class PhotoError(UserError):
-    """A file that cannot be used as a photo: ``reason`` is one of :data:`REASONS`."""
-
-    def __init__(self, reason: Reason, text: str) -> None:
-        super().__init__(reason, text)
-        self.reason: Reason = reason
-        self.text = text
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.text}"
-
-
 # --------------------------------------------------------------------------- bytes to pixels
 
 
@@ -139,69 +91,20 @@ def read_bytes(path: str | Path, limits: PhotoLimits = DEFAULT_LIMITS) -> bytes:
     """The bytes of a local file, not more than ``limits.max_bytes`` of them.
 
     Raises:
-        PhotoError: ``unreadable`` (missing, a folder, no permission), ``too-many-bytes``.
+        PhotoError: ``unreadable`` (missing, a folder, a pipe, no permission), ``empty``,
+            ``too-many-bytes``.
     """
     try:
-        with open(path, "rb") as file:
+        # A pipe that nobody writes to would be waited for.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise PhotoError("unreadable", "not a regular file")
             data = file.read(limits.max_bytes + 1)
     except OSError as error:
         raise PhotoError("unreadable", error.strerror or type(error).__name__) from error
-    _check_bytes(data, limits)
+    check_bytes(data, limits)
     return data
-
-
-def decode(data: bytes, limits: PhotoLimits = DEFAULT_LIMITS, longest: int | None = None) -> Rgb:
-    """Pixels of an image file: first frame, upright, RGB on white, (H, W, 3) uint8.
-
-    Bytes and pixels are checked against ``limits`` before memory is taken. The EXIF orientation is
-    applied, 16-bit samples are scaled to 8 bits, transparency is laid on white. Colour profiles are
-    not applied.
-
-    Args:
-        longest: shrink to this longest side (JPEG files are then decoded at a lower resolution,
-            which is several times faster); ``None`` keeps the file's own size.
-
-    Raises:
-        PhotoError: any other reason than ``unreadable``.
-    """
-    _check_bytes(data, limits)
-    # Pillow warns about odd metadata and large pictures; what matters is checked here.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
-        except UnidentifiedImageError as error:
-            raise PhotoError("not-an-image", "no known image format") from error
-        except Image.DecompressionBombError as error:
-            raise PhotoError("too-many-pixels", str(error)) from error
-        except Exception as error:  # a decoder may raise anything on hostile bytes
-            raise PhotoError("damaged", _one_line(error)) from error
-        width, height = picture.size
-        if width * height > limits.max_pixels:
-            raise PhotoError(
-                "too-many-pixels",
-                f"{width} x {height} is more than the limit of {limits.max_pixels} pixels",
-            )
-        if picture.mode in ("I", "F"):
-            raise PhotoError("unsupported", "32-bit samples; save it with 8 or 16 bits")
-        try:
-            if picture.format == "PNG":
-                # Loading alone does not look at the checksums of the pixel data.
-                Image.open(io.BytesIO(data), formats=("PNG",)).verify()
-            if longest is not None:
-                picture.draft(None, (longest, longest))
-            picture.load()
-            upright = _upright(picture)
-            if longest is not None and max(upright.size) > longest:
-                # Before the conversion to RGB if possible, which costs a large picture memory.
-                if upright.mode not in _AVERAGED or "transparency" in upright.info:
-                    upright = _on_white(upright)
-                upright = upright.resize(_fit(upright.size, longest), Image.Resampling.LANCZOS)
-            return np.asarray(_on_white(upright))
-        except PhotoError:
-            raise
-        except Exception as error:  # as above
-            raise PhotoError("damaged", _one_line(error)) from error
 
 
 def decode_grey(data: bytes, limits: PhotoLimits = DEFAULT_LIMITS) -> Grey:
@@ -215,11 +118,8 @@ def decode_grey(data: bytes, limits: PhotoLimits = DEFAULT_LIMITS) -> Grey:
 
 
 def encode_jpeg(rgb: Rgb) -> bytes:
-    """JPEG bytes of ``rgb`` (H, W, 3) at the quality in which photos are stored."""
-    out = io.BytesIO()
-    # No chroma subsampling: thin coloured parts are what a fine-grained match looks at.
-    Image.fromarray(rgb).save(out, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
-    return out.getvalue()
+    """JPEG bytes of ``rgb`` (H, W, 3) at the quality in which photos are stored by default."""
+    return encode(rgb)
 
 
 def encode_png(grey: Grey) -> bytes:
@@ -230,8 +130,8 @@ def encode_png(grey: Grey) -> bytes:
 
 
 def decode_stored(image: bytes) -> npt.NDArray[np.uint8]:
-    """Pixels of bytes that :func:`encode_jpeg` (H, W, 3) or :func:`encode_png` (H, W) made."""
-    with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as picture:
+    """Pixels of a stored photo (H, W, 3), or of bytes that :func:`encode_png` (H, W) made."""
+    with Image.open(io.BytesIO(image), formats=("JPEG", "PNG", "WEBP")) as picture:
         return np.array(picture)
 
 
@@ -252,10 +152,16 @@ def make_row(
         PhotoError: as :func:`decode`.
     """
     rgb = decode(data, limits, longest=limits.longest)
-    return row_of_pixels(rgb, photo_id(data), name, uri)
+    return row_of_pixels(rgb, photo_id(data), name, uri, limits)
 
 
-def row_of_pixels(rgb: Rgb, identity: str, name: str = "", uri: str = "") -> PhotoRow:
+def row_of_pixels(
+    rgb: Rgb,
+    identity: str,
+    name: str = "",
+    uri: str = "",
+    limits: PhotoLimits = DEFAULT_LIMITS,
+) -> PhotoRow:
     """The row of a picture that is already decoded, under the given ``photo_id``."""
     return PhotoRow(
         photo_id=identity,
@@ -263,7 +169,7 @@ def row_of_pixels(rgb: Rgb, identity: str, name: str = "", uri: str = "") -> Pho
         uri=printable(uri),
         width=rgb.shape[1],
         height=rgb.shape[0],
-        image=encode_jpeg(rgb),
+        image=encode(rgb, limits),
         phash=phash(rgb),
         status="stored",
         reason="",
@@ -411,46 +317,9 @@ def _content_box(difference: Grey) -> tuple[int, int, int, int] | None:
 # --------------------------------------------------------------------------- helpers
 
 
-def _check_bytes(data: bytes, limits: PhotoLimits) -> None:
-    if not data:
-        raise PhotoError("empty", "the file has no bytes")
-    if len(data) > limits.max_bytes:
-        raise PhotoError("too-many-bytes", f"more than the limit of {limits.max_bytes} bytes")
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    try:
-        # Read after loading: TIFF files are turned by Pillow itself, which then drops the tag.
-        turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
-    except Exception:  # metadata that cannot be read says nothing about the pixels
-        turn = None
-    return picture if turn is None else picture.transpose(turn)
-
-
-def _on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode == "RGB" and "transparency" not in picture.info:
-        return picture
-    if picture.mode.startswith("I;16"):
-        # The high byte, as Pillow itself takes it from 16-bit RGB: scaled, not clipped.
-        high = (np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8)
-        return Image.fromarray(high).convert("RGB")
-    if picture.has_transparency_data:
-        clear = picture.convert("RGBA")
-        white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, clear).convert("RGB")
-    try:
-        return picture.convert("RGB")
-    except ValueError as error:
-        raise PhotoError("unsupported", f"colours of mode {picture.mode}") from error
-
-
 def _fit(size: tuple[int, int], longest: int) -> tuple[int, int]:
     scale = longest / max(size)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 _COSINES = np.cos(np.pi * np.arange(8)[:, None] * (2 * np.arange(32) + 1) / 64)
