@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 from upath import UPath
 
@@ -76,6 +77,14 @@ def file_system(path: Path) -> tuple[Any, str]:
     """The fsspec file system of a place that is not local, and its name there."""
     remote = cast(Any, path)
     return remote.fs, str(remote.path)
+
+
+def arrow_file_system(path: Path) -> tuple[Any, str]:
+    """``path`` for what takes a file system of pyarrow (None is that of this machine)."""
+    if is_local(path):
+        return None, str(path)
+    system, name = file_system(path)
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(system)), name
 
 
 @contextmanager
@@ -200,6 +209,12 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """A Parquet file, or some of its columns; raises as :func:`open_table`."""
     with open_table(path) as table:
         return table.read(columns=None if columns is None else list(columns))
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a Parquet file; raises as :func:`open_table`."""
+    with open_table(path) as table:
+        return int(table.metadata.num_rows)
 
 
 def write_table(table: pa.Table, path: Path, **options: Any) -> None:

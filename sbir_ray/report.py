@@ -8,7 +8,6 @@ and it says so.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from sbir_ray.certainty import Decile
 from sbir_ray.data.pairs import PairSet
 from sbir_ray.evaluate import RESAMPLES, Difference, Evaluation, Metrics
 from sbir_ray.joint_report import Lessons, Look, StreamAccount
+from sbir_ray.places import write_bytes
 from sbir_ray.runlog import Ledger, duration
 
 Strokes = list[NDArray[np.float32]]
@@ -255,11 +255,8 @@ def write_report(folder: Path, data: ReportData) -> Path:
         ValueError: no results and no headline.
     """
     page = render(data)
-    folder.mkdir(parents=True, exist_ok=True)
     out = folder / "report.html"
-    part = folder / ".report.html.part"
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, out)
+    write_bytes(out, page.encode())
     return out
 
 

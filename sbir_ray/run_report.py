@@ -15,6 +15,7 @@ from sbir_ray.data.pairs import PairSet
 from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.evaluate import Evaluation, Metrics, paired_difference
+from sbir_ray.places import place
 from sbir_ray.report import Curve, ReportData, Result
 from sbir_ray.runlog import Ledger
 from sbir_ray.runs import DISCRIMINATOR, JOINT, read_run, retrieval_config
@@ -120,9 +121,9 @@ def run_report(run: Path) -> ReportData:
         size = retrieval_config(record, run).image_size
         data = replace(data, queries=_queries(run, size))
         folder = record["inputs"].get("pseudo")
-        if folder and Path(folder).exists():
+        if folder and place(folder).exists():
             teacher = record["inputs"].get("teacher")
-            data = replace(data, **pseudo_sections(Path(folder), size, teacher))
+            data = replace(data, **pseudo_sections(place(folder), size, teacher))
     return data
 
 
@@ -146,7 +147,7 @@ def from_run(run: Path) -> ReportData:
         teacher = record["inputs"].get("teacher")
         return replace(
             data,
-            results=_compared(run, Path(teacher)) if teacher else _results(run),
+            results=_compared(run, place(teacher)) if teacher else _results(run),
             cause="Joint training",
             curves=panels(log, PANELS[kind]),
             **joint_sections(run, log, record["config"]["stream"]["max_staleness"]),
@@ -288,13 +289,13 @@ def _queries(run: Path, size: int) -> report.QueryGrid | None:
     if file is None:
         return None
     found = _read(file)
-    if not Path(found["pairs"]).exists():
+    if not place(found["pairs"]).exists():
         return None
     extra = None
     if found["gallery"]:
-        if not Path(found["gallery"]).exists():
+        if not place(found["gallery"]).exists():
             return None
-        others = PhotoSet.load(Path(found["gallery"]), size)
+        others = PhotoSet.load(place(found["gallery"]), size)
         extra = dict(zip(others.photo_ids, others.photos, strict=True))
     pairs = PairSet.load(found["pairs"], found["split"], size)
     return report.query_grid(Evaluation.from_json(found), pairs, extra)
@@ -368,8 +369,8 @@ def pseudo_sections(folder: Path, size: int, teacher: str | None) -> dict[str, A
             sketcher=header["sketcher"],
         ),
     }
-    if teacher is not None and Path(teacher).exists():
-        ranks = pseudo_ranks(Path(teacher), pseudo)
+    if teacher is not None and place(teacher).exists():
+        ranks = pseudo_ranks(place(teacher), pseudo)
         fields["deciles"] = certainty_deciles(pseudo.certainty, ranks)
         fields["searched"] = f"Searched among the {len(pseudo.photos)} photos by the teacher."
     return fields

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sbir_ray.errors import UserError
+from sbir_ray.places import place
 
 SCHEMA_VERSION = 1
 """Of every file that the program writes."""
@@ -40,7 +41,7 @@ def load(cls: type[C], file: str | Path | None = None, sets: Sequence[str] = ())
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            text = Path(file).read_bytes().decode()
+            text = place(file).read_bytes().decode()
             values = tomllib.loads(text)
         except OSError as error:
             raise UserError(f"{file}: cannot read the configuration ({error.strerror})") from error

@@ -16,12 +16,11 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import IO, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from sbir_ray.data.decoding import DEFAULT_LIMITS as DEFAULT_LIMITS
@@ -33,6 +32,7 @@ from sbir_ray.data.decoding import Rgb as Rgb
 from sbir_ray.data.decoding import check_bytes, encode
 from sbir_ray.data.decoding import decode as decode
 from sbir_ray.errors import UserError
+from sbir_ray.places import is_local, open_table, place
 from sbir_ray.strict import check_schema
 
 Grey = npt.NDArray[np.uint8]
@@ -88,23 +88,31 @@ class PhotoRow(TypedDict):
 
 
 def read_bytes(path: str | Path, limits: PhotoLimits = DEFAULT_LIMITS) -> bytes:
-    """The bytes of a local file, not more than ``limits.max_bytes`` of them.
+    """The bytes of a file, not more than ``limits.max_bytes`` of them.
 
     Raises:
         PhotoError: ``unreadable`` (missing, a folder, a pipe, no permission), ``empty``,
             ``too-many-bytes``.
     """
     try:
-        # A pipe that nobody writes to would be waited for.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise PhotoError("unreadable", "not a regular file")
+        with _opened(place(path)) as file:
             data = file.read(limits.max_bytes + 1)
     except OSError as error:
         raise PhotoError("unreadable", error.strerror or type(error).__name__) from error
     check_bytes(data, limits)
     return data
+
+
+def _opened(path: Path) -> IO[bytes]:
+    if not is_local(path):
+        return path.open("rb")
+    # A pipe that nobody writes to would be waited for.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = open(handle, "rb")  # noqa: SIM115  # the caller closes it
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        file.close()
+        raise PhotoError("unreadable", "not a regular file")
+    return file
 
 
 def decode_grey(data: bytes, limits: PhotoLimits = DEFAULT_LIMITS) -> Grey:
@@ -207,7 +215,7 @@ def read_store(folder: str | Path) -> Iterator[PhotoRow]:
     Raises:
         UserError: the folder is not a photo store of a known version.
     """
-    folder = Path(folder)
+    folder = place(folder)
     marker = folder / "store.json"
     try:
         header = json.loads(marker.read_bytes())
@@ -222,7 +230,7 @@ def read_store(folder: str | Path) -> Iterator[PhotoRow]:
 
 def read_rows(file: str | Path) -> Iterator[PhotoRow]:
     """The photo rows of one Parquet file, one at a time."""
-    with pq.ParquetFile(file) as parquet:
+    with open_table(place(file)) as parquet:
         for batch in parquet.iter_batches(batch_size=64, columns=PHOTO_SCHEMA.names):
             yield from batch.to_pylist()
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from sbir_ray.places import is_local, told, write_bytes
 
 LIMIT = 2
 """Deaths after which a row is given up."""
@@ -15,23 +18,35 @@ KILLED = "killed-its-process"
 """Reason of a row that was given up."""
 
 _DONE = "-"
+_BEGUN = "begun"
 
 
 class Attempts:
     """A journal of the work on one block, which outlives the process.
 
-    What was begun and not finished when a process ended is what it died of.
+    What was begun and not finished when a process ended is what it died of. In an object store,
+    where a note is a request, a process notes its rows only where an earlier one began the block.
 
     Args:
         file: of this block alone, on storage that all nodes share.
     """
 
     def __init__(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        lines = os.read(self._handle, os.fstat(self._handle).st_size).decode().splitlines()
+        self._own: Path | None = None
+        if is_local(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            texts = [os.read(self._handle, os.fstat(self._handle).st_size).decode()]
+        else:
+            with told(file):
+                texts = [entry.read_text() for entry in file.iterdir()] if file.is_dir() else []
+            # An object has one writer.
+            self._own, self._text = file / uuid.uuid4().hex, ""
+            self._note(_BEGUN)
+        self._each = self._own is None or bool(texts)
         self._deaths = Counter(
             line
+            for lines in map(str.splitlines, texts)
             for line, after in itertools.pairwise([*lines, ""])
             if line != _DONE and after != _DONE
         )
@@ -43,12 +58,23 @@ class Attempts:
     @contextmanager
     def working_on(self, key: str) -> Iterator[None]:
         """Note that ``key`` is begun, and that this process is alive after it."""
-        os.write(self._handle, f"{key}\n".encode())
+        if not self._each:
+            yield
+            return
+        self._note(key)
         try:
             yield
         finally:
-            os.write(self._handle, f"{_DONE}\n".encode())
+            self._note(_DONE)
 
     def close(self) -> None:
         """Free the file."""
-        os.close(self._handle)
+        if self._own is None:
+            os.close(self._handle)
+
+    def _note(self, line: str) -> None:
+        if self._own is None:
+            os.write(self._handle, f"{line}\n".encode())
+            return
+        self._text += f"{line}\n"
+        write_bytes(self._own, self._text.encode())

@@ -12,8 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sbir_ray.config import IngestConfig
 from sbir_ray.data.photos import PHOTO_SCHEMA, PhotoError, PhotoLimits
 from sbir_ray.errors import UserError
+from sbir_ray.places import place, read_table, remove_tree, write_table
 from sbir_ray.runlog import Ledger, Progress, building, versions, write_json_atomic
 from sbir_ray.stream.attempts import KILLED, LIMIT, Attempts
 from sbir_ray.stream.cluster import run_tasks
@@ -79,7 +77,7 @@ def ingest(
     """
     config = config or IngestConfig()
     units = list_units(sources)
-    own = [Path(s) for s in sources if (Path(s) / "pairs.json").is_file()]
+    own = [place(s) for s in sources if (place(s) / "pairs.json").is_file()]
     kept_out = list(dict.fromkeys([*exclude, *own]))
     forbidden = Forbidden.of(kept_out, must=exclude)
     blocks = _blocks(units)
@@ -102,7 +100,7 @@ def ingest(
             raise UserError(f"{out}: no photo is left to store ({ledger}); see the sources")
         with progress("write photos") as bar:
             _write_shards(fates, folder, bar)
-        pq.write_table(fates.select(LEDGER_SCHEMA.names), folder / "ledger.parquet")
+        write_table(fates.select(LEDGER_SCHEMA.names), folder / "ledger.parquet")
         settings = {
             **to_dict(config),
             "sources": [str(source) for source in sources],
@@ -116,7 +114,7 @@ def ingest(
             "versions": versions(),
         }
         for name in ("staged", "attempts"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+            remove_tree(folder / name)
         write_json_atomic(folder / "store.json", header)
     return ledger
 
@@ -186,14 +184,14 @@ def stage_blocks(
     tables = []
     for entry in plan.to_pylist():
         number: int = entry["block"]
-        file = _staged(Path(folder), number)
+        file = _staged(place(folder), number)
         if not _is_staged(file):
             units = [Unit(**values) for values in json.loads(entry["units"])]
-            attempts = Attempts(Path(folder) / "attempts" / f"{number:06d}")
+            attempts = Attempts(place(folder) / "attempts" / f"{number:06d}")
             rows = list(_photo_rows(units, config, forbidden, attempts))
             attempts.close()
             _write(pa.Table.from_pylist(rows, schema=_STAGED_SCHEMA), file)
-        account = pq.read_table(file, columns=_ACCOUNT)
+        account = read_table(file, columns=_ACCOUNT)
         count = account.num_rows
         account = account.append_column("block", pa.array(np.full(count, number, np.int64)))
         tables.append(account.append_column("row", pa.array(np.arange(count))))
@@ -245,7 +243,7 @@ def _unusable(uri: str, name: str, status: str, reason: str, text: str) -> dict[
 def _write_shards(fates: pa.Table, folder: Path, bar: Progress) -> None:
     """Copy the photos that are stored from the staged files to shards of even size, in order."""
     # Those of a run that ended here may have been of another division.
-    shutil.rmtree(folder / "shards", ignore_errors=True)
+    remove_tree(folder / "shards")
     (folder / "shards").mkdir()
     columns = fates.select(["block", "row", "status"]).to_pydict()
     rows = [
@@ -278,11 +276,11 @@ def write_shards(plan: pa.Table, folder: str) -> pa.Table:
         for block, row in zip(entry["blocks"], entry["rows"], strict=True):
             wanted[block].append(row)
         parts = [
-            pq.read_table(_staged(Path(folder), block), columns=PHOTO_SCHEMA.names).take(rows)
+            read_table(_staged(place(folder), block), columns=PHOTO_SCHEMA.names).take(rows)
             for block, rows in wanted.items()
         ]
         shard = pa.concat_tables(parts)
-        _write(shard, Path(folder) / "shards" / f"part-{entry['shard']:05d}.parquet")
+        _write(shard, place(folder) / "shards" / f"part-{entry['shard']:05d}.parquet")
         counts.append(shard.num_rows)
     return pa.table({"photos": counts})
 
@@ -294,7 +292,7 @@ def _is_staged(file: Path) -> bool:
     """Whether a run before this one has done the block; what it could not read may be there now."""
     if not file.exists():
         return False
-    fates = pq.read_table(file, columns=["status", "reason"]).to_pylist()
+    fates = read_table(file, columns=["status", "reason"]).to_pylist()
     return not any(f["status"] == "failed" and f["reason"] != KILLED for f in fates)
 
 
@@ -303,13 +301,8 @@ def _staged(folder: Path, block: int) -> Path:
 
 
 def _write(table: pa.Table, file: Path) -> None:
-    """The whole file or none: a task that is repeated finds nothing half done."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     # JPEG files do not get smaller, and no two of them are equal.
-    pq.write_table(
-        table, temporary, row_group_size=_ROW_GROUP, compression="none", use_dictionary=False
-    )
-    temporary.replace(file)
+    write_table(table, file, row_group_size=_ROW_GROUP, compression="none", use_dictionary=False)
 
 
 def _digest(text: str) -> str:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sbir_ray.data.photos import align, decode_stored, read_store
 from sbir_ray.errors import UserError
+from sbir_ray.places import open_table
 
 GROUPS = 8
 """Row groups whose photos are shuffled together, and kept in memory: the store may be of any size,
@@ -65,7 +65,8 @@ class TicketPhotos:
         self.sides = sides
         self._groups: list[_Group] = []
         for file in sorted((folder / "shards").glob("part-*.parquet")):
-            metadata = pq.read_metadata(file)
+            with open_table(file) as parquet:
+                metadata = parquet.metadata
             counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             self._groups += [_Group(file, i, rows) for i, rows in enumerate(counts) if rows]
         self.size = sum(group.rows for group in self._groups)
@@ -112,7 +113,7 @@ class TicketPhotos:
     def _rows(self, group: _Group) -> list[tuple[str, bytes]]:
         """Ids and JPEGs of a row group; the last :data:`GROUPS` ones are kept."""
         if group not in self._cache:
-            with pq.ParquetFile(group.file) as parquet:
+            with open_table(group.file) as parquet:
                 table = parquet.read_row_group(group.number, columns=["photo_id", "image"])
             columns = (table["photo_id"].to_pylist(), table["image"].to_pylist())
             self._cache[group] = list(zip(*columns, strict=True))

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sbir_ray.data import pairs, photos
 from sbir_ray.data.photos import PHOTO_SCHEMA, PhotoError, PhotoLimits, PhotoRow
 from sbir_ray.errors import UserError
+from sbir_ray.places import file_system, is_local, open_table, place, told
 
 Load = Callable[[], PhotoRow]
 """Makes the row of a photo; raises PhotoError."""
@@ -66,7 +66,7 @@ class Unit:
         columns = PHOTO_SCHEMA.names if self.form == "rows" else [self.column]
         rows: list[dict[str, Any]] = []
         seen = 0
-        with pq.ParquetFile(self.file) as parquet:
+        with open_table(place(self.file)) as parquet:
             for batch in parquet.iter_batches(
                 batch_size=_SLICE, row_groups=[self.group], columns=columns
             ):
@@ -100,6 +100,9 @@ def list_units(sources: Sequence[str | Path]) -> list[Unit]:
 
 
 def _files(source: str) -> Iterator[str]:
+    if not is_local(place(source)):
+        yield from _files_there(source)
+        return
     if not os.path.lexists(source):
         matches = sorted(glob.glob(source, recursive=True))
         if not matches:
@@ -119,6 +122,28 @@ def _files(source: str) -> Iterator[str]:
         yield from _in_folder(source)
 
 
+def _files_there(source: str) -> Iterator[str]:
+    """As :func:`_files`, in an object store, which lists whole folders at once."""
+    found = place(source)
+    with told(found):
+        if any(sign in source for sign in "*?["):
+            system, name = file_system(found)
+            matches = sorted(system.unstrip_protocol(match) for match in system.glob(name))
+            for match in matches:
+                yield from _files_there(match)
+        elif (found / "pairs.json").is_file():
+            pairs.read_header(found)
+            yield str(found / "photos.parquet")
+        elif (found / "store.json").is_file():
+            yield from sorted(str(file) for file in (found / "shards").glob("*.parquet"))
+        elif found.is_file():
+            yield source
+        else:
+            names = sorted(str(file) for file in found.rglob("*"))
+            wanted = (*photos.SUFFIXES, ".parquet")
+            yield from (name for name in names if name.lower().endswith(wanted))
+
+
 def _in_folder(folder: str) -> Iterator[str]:
     try:
         with os.scandir(folder) as listing:
@@ -135,7 +160,7 @@ def _in_folder(folder: str) -> Iterator[str]:
 
 def _slices(file: str) -> Iterator[Unit]:
     try:
-        with pq.ParquetFile(file) as parquet:
+        with open_table(place(file)) as parquet:
             schema = parquet.schema_arrow
             groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
     except (pa.ArrowException, OSError) as error:

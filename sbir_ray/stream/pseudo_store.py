@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sbir_ray.data.photos import align, decode_stored
 from sbir_ray.data.strokes import Strokes, unflatten
 from sbir_ray.errors import DamagedError, UserError
+from sbir_ray.places import open_table, place
 from sbir_ray.runlog import Ledger
 from sbir_ray.strict import check_schema
 
@@ -59,7 +59,7 @@ def read_header(folder: str | Path) -> dict[str, Any]:
         UserError: not a PSEUDO folder, or one of a newer version.
         DamagedError: not JSON, or a ledger that does not add up.
     """
-    file = Path(folder) / HEADER
+    file = place(folder) / HEADER
     advice = "not a folder of pseudo pairs; make one with `sbir-ray sketch`"
     try:
         header = json.loads(file.read_bytes())
@@ -88,9 +88,9 @@ def iter_rows(
     """
     read_header(folder)
     names = columns or PSEUDO_SCHEMA.names
-    for file in _parts(Path(folder)):
+    for file in _parts(place(folder)):
         try:
-            with pq.ParquetFile(file) as parquet:
+            with open_table(file) as parquet:
                 for batch in parquet.iter_batches(
                     batch_size=64, columns=list(dict.fromkeys([*names, "kept"]))
                 ):

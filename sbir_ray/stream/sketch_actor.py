@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
+import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sbir_ray.config import SketchConfig
 from sbir_ray.data.strokes import count_points, flatten
+from sbir_ray.places import place, write_table
 from sbir_ray.stream.attempts import KILLED, LIMIT, Attempts
-from sbir_ray.stream.filters import RankerSpec, choose
+from sbir_ray.stream.filters import RankerSpec, TeacherRanker, choose
 from sbir_ray.stream.pseudo_store import PSEUDO_SCHEMA
 from sbir_ray.stream.sketch_blocks import one_line
 from sbir_ray.stream.sketchers import Drawn, SketcherSpec, row_seed
@@ -64,8 +63,11 @@ class SketchActor:
     ) -> None:
         self.sketcher = spec.make()
         self.config = config
-        self.ranker = ranker.make(np.load(Path(folder) / REFERENCE)) if ranker else None
-        self.journals = Path(folder) / ATTEMPTS
+        self.ranker: TeacherRanker | None = None
+        if ranker is not None:
+            data = (place(folder) / REFERENCE).read_bytes()
+            self.ranker = ranker.make(np.load(io.BytesIO(data)))
+        self.journals = place(folder) / ATTEMPTS
         self.known = {
             "generator_version": self.sketcher.version,
             "generator_digest": self.sketcher.digest,
@@ -214,15 +216,12 @@ def write_rows(photos: pa.Table, target: str) -> pa.Table:
         mine = photos.filter(pc.equal(photos["block"], block)).sort_by("photo_id")
         names = "".join(mine["photo_id"].to_pylist())
         content = hashlib.sha256(names.encode()).hexdigest()[:12]
-        file = Path(target) / f"part-{block:06d}-{content}.parquet"
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        pq.write_table(
+        write_table(
             _rows_of(mine).select(PSEUDO_SCHEMA.names),
-            temporary,
+            place(target) / f"part-{block:06d}-{content}.parquet",
             compression="zstd",
             dictionary_pagesize_limit=_DICTIONARY,
         )
-        temporary.replace(file)
     return _rows_of(photos).select(["status", "reason", "detail"])
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sbir_ray.data.photos import align, decode_stored, read_store
 from sbir_ray.errors import UserError
+from sbir_ray.places import count_rows, open_table, place
 
 _BLOCK_ROWS = (64, 256)
 """Most photos of a block of a small store, and of any."""
@@ -56,7 +56,7 @@ def plan_blocks(photos: Path, batch_size: int) -> list[PhotoBlock]:
     if next(read_store(photos), None) is None:
         raise UserError(f"{photos}: holds no photo; see its ledger")
     shards = sorted((photos / "shards").glob("part-*.parquet"))
-    left = [(shard, 0, pq.read_metadata(shard).num_rows) for shard in shards]
+    left = [(shard, 0, count_rows(shard)) for shard in shards]
     total = sum(stop for _, _, stop in left)
     rows = min(max(_BLOCK_ROWS[0], total // _MANY_BLOCKS), _BLOCK_ROWS[1], total // _BLOCKS)
     rows = max(1, -(-rows // batch_size)) * batch_size
@@ -107,7 +107,7 @@ def read_photos(plan: pa.Table, image_sizes: Sequence[int]) -> pa.Table:
 
 def _read_run(file: str, start: int, stop: int) -> pa.Table:
     """``photo_id`` and ``image`` of rows ``start`` to ``stop``, from the row groups they are in."""
-    with pq.ParquetFile(file) as parquet:
+    with open_table(place(file)) as parquet:
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
         edges = np.cumsum([0, *sizes])
         groups = [i for i in range(len(sizes)) if edges[i] < stop and edges[i + 1] > start]

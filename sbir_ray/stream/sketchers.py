@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sbir_ray.data import trace
 from sbir_ray.data.strokes import CANVAS, Strokes, fit
 from sbir_ray.errors import UserError
+from sbir_ray.places import place
 from sbir_ray.strict import to_dict
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class SketcherSpec:
                     "leave it at 0"
                 )
             return Tracer(self.source)
-        if not Path(self.source).is_dir():
+        if not place(self.source).is_dir():
             known = ", ".join(_TRACERS)
             raise UserError(f"{self.source}: no such run folder; name one, or {known}")
         return GeneratorSketcher(self)
@@ -165,7 +166,7 @@ class GeneratorSketcher:
         from sbir_ray.runs import generator_training, load_discriminator, load_generator
 
         torch.set_num_threads(spec.threads)
-        run = Path(spec.source)
+        run = place(spec.source)
         trained, judge = load_generator(run), load_discriminator(run)
         self.device = torch.device(spec.device)
         self.temperature = spec.temperature

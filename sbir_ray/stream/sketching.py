@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import shutil
+import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray.data
 from ray.data import ActorPoolStrategy
 
 from sbir_ray.config import SketchConfig
 from sbir_ray.errors import SbirError, UserError
+from sbir_ray.places import place, read_table, remove_tree, write_bytes
 from sbir_ray.runlog import Ledger, Progress, building, versions, write_json_atomic
 from sbir_ray.stream.cluster import ensure_fits, quiet_data
 from sbir_ray.stream.filters import RankerSpec, reference_photos, refuse_without_effect
@@ -82,7 +81,7 @@ def sketch(
         if isinstance(sketcher, SketcherSpec)
         else SketcherSpec(
             # Actors run in other folders.
-            source=os.path.abspath(sketcher) if os.path.isdir(sketcher) else sketcher,
+            source=_run_folder(sketcher) or sketcher,
             temperature=_temperature(config, sketcher),
             device="cuda" if gpus_per_actor else "cpu",
             threads=max(1, int(cpus_per_actor)),
@@ -118,7 +117,7 @@ def sketch(
             bar.update(0, ledger.total)
             if left:
                 if ranker:
-                    np.save(folder / REFERENCE, reference_photos(photos, ranker.image_size))
+                    _save(folder / REFERENCE, reference_photos(photos, ranker.image_size))
                 # All at once: Ray Data would add them one by one, each after some seconds.
                 pool = ActorPoolStrategy(
                     min_size=least, max_size=most, initial_size=min(most, room)
@@ -150,16 +149,28 @@ def sketch(
             "ledger": ledger.to_json(),
             "versions": versions(),
         }
-        shutil.rmtree(folder / ATTEMPTS, ignore_errors=True)
+        remove_tree(folder / ATTEMPTS)
         (folder / REFERENCE).unlink(missing_ok=True)
         write_json_atomic(folder / HEADER, header)
     return ledger
 
 
+def _run_folder(sketcher: str) -> str | None:
+    """The whole name of a generator's run; None for a sketcher that is not one."""
+    found = place(sketcher)
+    return str(found.absolute()) if found.is_dir() else None
+
+
+def _save(file: Path, array: Any) -> None:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    write_bytes(file, stream.getvalue())
+
+
 def _temperature(config: SketchConfig, sketcher: str | SketcherSpec) -> float:
     """The setting; its default is a generator's, and means nothing to what draws without chance."""
     default = SketchConfig().temperature
-    chanceless = isinstance(sketcher, str) and not os.path.isdir(sketcher)
+    chanceless = isinstance(sketcher, str) and _run_folder(sketcher) is None
     return 0.0 if chanceless and config.temperature == default else config.temperature
 
 
@@ -176,7 +187,7 @@ def _not_done(
         fates = [
             row
             for file in written[block.number]
-            for row in pq.read_table(file, columns=["status", "reason"]).to_pylist()
+            for row in read_table(file, columns=["status", "reason"]).to_pylist()
         ]
         erred = any(row["reason"].startswith(ERROR) for row in fates)
         if len(fates) == block.rows * samples and not erred:

@@ -35,6 +35,7 @@ from sbir_ray.models.decoder import Drawing
 from sbir_ray.models.discriminator import PairDiscriminator
 from sbir_ray.models.generator import GREEDY, Generator
 from sbir_ray.models.retrieval import RetrievalNet
+from sbir_ray.places import append_text, write_bytes
 from sbir_ray.runlog import write_json_atomic
 from sbir_ray.strict import SCHEMA_VERSION
 from sbir_ray.train.job import Board
@@ -83,9 +84,7 @@ class Exhibits:
             return
         whole, _, _ = self.file.read_text(encoding="utf-8").rpartition("\n")
         lines = [line for line in whole.splitlines() if json.loads(line)["step"] <= step]
-        part = self.file.with_name(f".{DRAWINGS}.part")
-        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        part.replace(self.file)
+        write_bytes(self.file, "".join(f"{line}\n" for line in lines).encode())
         self.last = json.loads(lines[-1])["step"] if lines else -1
 
     def draw(
@@ -117,8 +116,7 @@ class Exhibits:
             "strokes": [_rounded(drawing.strokes) for drawing in drawings],
             "certainty": [round(sure, 4) for sure in certainty],
         }
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        append_text(self.file, json.dumps(line) + "\n")
         self.last = step
         if board is not None:
             sketches = [drawing.strokes for drawing in drawings]

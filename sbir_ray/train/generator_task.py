@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from sbir_ray.errors import UserError
 from sbir_ray.joint import discriminator_losses, generator_losses
 from sbir_ray.models.discriminator import PairDiscriminator
 from sbir_ray.models.generator import Generator
+from sbir_ray.places import place
 from sbir_ray.runs import load_generator
 from sbir_ray.train import batch_rows
 from sbir_ray.train.job import Job, OnePlayer, Player, divisible, held_out
@@ -56,8 +56,8 @@ class GeneratorTask(OnePlayer):
         self.config, self.ranks, self.device = job.config, ranks, device
         self.optim = job.config.optim
         sizes = job.config.model
-        self.pairs = PairSet.load(Path(job.inputs["pairs"]), "train", sizes.image_size)
-        self.held_out = held_out(Path(job.inputs["pairs"]), sizes.image_size)
+        self.pairs = PairSet.load(place(job.inputs["pairs"]), "train", sizes.image_size)
+        self.held_out = held_out(place(job.inputs["pairs"]), sizes.image_size)
         divisible("optim.batch_size", self.optim.batch_size, ranks)
         self.sketches = [
             strokes.fit(s, sizes.max_points, sizes.epsilon) for s in self.pairs.sketches
@@ -177,12 +177,13 @@ class DiscriminatorTask(OnePlayer):
             schedule="constant",
         )
         divisible("discriminator.batch_size", d.batch_size, ranks)
-        self.pairs = PairSet.load(Path(job.inputs["pairs"]), "train", d.image_size)
+        self.pairs = PairSet.load(place(job.inputs["pairs"]), "train", d.image_size)
         if len(self.pairs.photo_ids) < 2:
             raise UserError(f"{job.inputs['pairs']}: the discriminator needs at least two photos")
-        generator = load_generator(Path(job.inputs["generator"])).model.to(device)
+        generator = load_generator(place(job.inputs["generator"])).model.to(device)
         self.drawings = self._drawings(
-            generator, PairSet.load(Path(job.inputs["pairs"]), "train", generator.config.image_size)
+            generator,
+            PairSet.load(place(job.inputs["pairs"]), "train", generator.config.image_size),
         )
         self.stream = Stream(len(self.pairs.sketches), self.config.seed, "real")
         torch.manual_seed(self.config.seed)

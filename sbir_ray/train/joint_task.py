@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +32,7 @@ from sbir_ray.joint import (
     soft_losses,
 )
 from sbir_ray.losses import mean_triplet
+from sbir_ray.places import place
 from sbir_ray.runs import load_discriminator, load_generator, load_retrieval
 from sbir_ray.stream.filters import TeacherRanker, reference_photos
 from sbir_ray.stream.live_photos import seed_of
@@ -100,7 +100,7 @@ class JointTask:
         assert isinstance(job.config, JointTraining)
         config = job.config
         self.config, self.ranks, self.device = config, ranks, device
-        self.run = Path(job.out)
+        self.run = place(job.out)
         self.steps = config.schedule.steps
         pairs = job.inputs["pairs"]
 
@@ -110,14 +110,14 @@ class JointTask:
         self.f = RetrievalTask(Job("retrieval", job.out, alone, inputs), ranks, device)
         self.pseudo_count = round(alone.pseudo_share * alone.optim.batch_size)
         divisible("retrieval.pseudo_share x optim.batch_size", self.pseudo_count, ranks)
-        supervised = load_retrieval(Path(job.inputs["teacher"])).model
+        supervised = load_retrieval(place(job.inputs["teacher"])).model
         if config.warm_start:
             self.f.model.load_state_dict(supervised.state_dict())
         if config.teacher == "ema" and alone.loss.distill != "none":
             self.f.teacher = copy.deepcopy(self.f.model).requires_grad_(False)
 
         # G and its rows, D.
-        run = Path(job.inputs["generator"])
+        run = place(job.inputs["generator"])
         drawing = dataclasses.replace(config.generator, seed=config.seed)
         trained = load_generator(run)
         generator = trained.model.to(device)
@@ -148,9 +148,9 @@ class JointTask:
             alone.model.image_size, drawing.model.image_size, drawing.discriminator.image_size
         )
         self.drawing = drawing
-        self.labelled = Labelled(Path(pairs), self.sides, self.g.pairs, self.f.pairs)
+        self.labelled = Labelled(place(pairs), self.sides, self.g.pairs, self.f.pairs)
         self.own_stream = Stream(len(self.labelled.ids), config.seed, "rewarded")
-        self.photos = Path(job.inputs["photos"])
+        self.photos = place(job.inputs["photos"])
         ranker = None
         if config.filters.max_rank and live is None:
             side = supervised.config.image_size
@@ -166,7 +166,7 @@ class JointTask:
         else:
             source = ActorsDraw(live)
         self.rows = DrawnRows(source, config, ranks)
-        self.folder = Path(pairs)
+        self.folder = place(pairs)
         self.exhibits: Exhibits | None = None
 
     def _exhibits(self) -> Exhibits:

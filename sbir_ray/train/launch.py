@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sbir_ray.config import JointTraining
 from sbir_ray.errors import SbirError, UserError
+from sbir_ray.places import append_text, arrow_file_system, place, remove_tree
 from sbir_ray.runlog import Progress
 from sbir_ray.runs import read_run
 from sbir_ray.stream.cluster import connect, ensure_fits, logical_cpus
@@ -71,7 +71,7 @@ def train(
         SbirError: what a worker found wrong, in its words.
     """
     for job in jobs:
-        Path(job.out).mkdir(parents=True, exist_ok=True)
+        place(job.out).mkdir(parents=True, exist_ok=True)
     stop = threading.Event()
     follower = threading.Thread(target=_follow, args=(jobs, progress, stop), daemon=True)
     if progress is not None:
@@ -110,18 +110,18 @@ def _run_streamed(job: Job, group: _Group, actors: Actors) -> list[dict[str, Any
 
     config = job.config
     assert isinstance(config, JointTraining)
-    run = Path(job.out)
+    run = place(job.out)
     if (run / "run.json").exists() and read_run(run)["status"] == "done":
         return group.run([job])
     device = "cuda" if actors.gpus else "cpu"
     threads = max(1, int(actors.cpus))
     ranker = None
     if config.filters.max_rank:
-        ranker = RankerSpec.of_run(Path(job.inputs["teacher"]), device, threads)
+        ranker = RankerSpec.of_run(place(job.inputs["teacher"]), device, threads)
     pseudo = round(config.retrieval.pseudo_share * config.retrieval.optim.batch_size)
     spec = StreamSpec(
-        photos=Path(job.inputs["photos"]),
-        generator=Path(job.inputs["generator"]),
+        photos=place(job.inputs["photos"]),
+        generator=place(job.inputs["generator"]),
         stream=config.stream,
         samples=config.policy.samples if config.policy.kind != "none" else 0,
         sides=(
@@ -172,7 +172,8 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    storage = Path(jobs[0].out).resolve() / "ray"
+    storage = place(jobs[0].out).resolve() / "ray"
+    system, folder = arrow_file_system(storage)
     gpu = group.gpu
     patience = math.ceil(2 * max((shard.wait_limit for shard in shards), default=0.0))
     resources = {"CPU": group.cpus, **({"GPU": 1.0} if gpu else {})}
@@ -194,12 +195,13 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
         # A name used twice would make Ray go on with its own idea of the old run.
         run_config=RunConfig(
             name=uuid.uuid4().hex,
-            storage_path=str(storage),
+            storage_path=folder,
+            storage_filesystem=system,
             failure_config=FailureConfig(max_failures=2, controller_failure_limit=3),
         ),
     )
     answer = trainer.fit().return_value
-    shutil.rmtree(storage, ignore_errors=True)
+    remove_tree(storage)
     if "error" in answer:
         raise (UserError if answer["user"] else SbirError)(answer["error"])
     results: list[dict[str, Any]] = answer["results"]
@@ -235,8 +237,7 @@ def _run(
 
         def say(line: str, job: Job = job) -> None:
             if ranks.rank == 0:
-                with (Path(job.out) / MESSAGES).open("a") as stream:
-                    stream.write(line + "\n")
+                append_text(place(job.out) / MESSAGES, line + "\n")
 
         results.append(fit(job, ranks, device, say, shards[ranks.rank] if shards else None))
     return results
@@ -248,7 +249,7 @@ def _follow(
     """Show the lines that rank 0 writes to the run folders, wherever it runs."""
     assert progress is not None
     for job in jobs:
-        run = Path(job.out)
+        run = place(job.out)
         title = f"train {job.kind} {run.name}"
         seen = {name: _size(run / name) for name in ("metrics.jsonl", MESSAGES)}
         with progress(title) as bar:

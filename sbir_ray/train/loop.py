@@ -18,6 +18,7 @@ from torch import Tensor
 from sbir_ray import checkpoint
 from sbir_ray.config import AdamConfig
 from sbir_ray.errors import SbirError, UserError
+from sbir_ray.places import place
 from sbir_ray.runlog import versions, write_json_atomic
 from sbir_ray.runs import read_run
 from sbir_ray.strict import SCHEMA_VERSION, digest, to_dict
@@ -66,7 +67,7 @@ def fit(
         UserError: the run folder holds another configuration's run.
     """
     config = job.config
-    run = Path(job.out)
+    run = place(job.out)
     record = _open_run(job, run, ranks)
     if record.get("status") == "done":
         say(f"{run}: finished before, nothing to do")
@@ -110,7 +111,7 @@ def _steps(
     live: bool,
 ) -> None:
     """The steps from ``start`` on: rows, losses, gradients of all ranks, one update."""
-    save, run = job.config.save, Path(job.out)
+    save, run = job.config.save, place(job.out)
     skipped, due = 0, False
     board = None if log is None else log.board
     # Rows are made one step ahead, where they do not depend on what the step before them changes.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from sbir_ray.errors import UserError
 from sbir_ray.evaluate import evaluate_retrieval
 from sbir_ray.joint import PairRows, retrieval_losses
 from sbir_ray.models.retrieval import RetrievalNet
+from sbir_ray.places import place
 from sbir_ray.runs import load_retrieval
 from sbir_ray.stream.pseudo_store import PseudoSet
 from sbir_ray.train import batch_rows
@@ -67,13 +67,13 @@ class RetrievalTask(OnePlayer):
         self.config, self.ranks, self.device = job.config, ranks, device
         self.optim = job.config.optim
         size = job.config.model.image_size
-        self.pairs = PairSet.load(Path(job.inputs["pairs"]), "train", size)
-        self.held_out = held_out(Path(job.inputs["pairs"]), size)
+        self.pairs = PairSet.load(place(job.inputs["pairs"]), "train", size)
+        self.held_out = held_out(place(job.inputs["pairs"]), size)
         divisible("optim.batch_size", self.optim.batch_size, ranks)
         self.stream = Stream(len(self.pairs.drawn_photos), self.config.seed, "labelled")
         self.pseudo: PseudoSet | None = None
         if "pseudo" in job.inputs:
-            self.pseudo = PseudoSet.load(Path(job.inputs["pseudo"]), size)
+            self.pseudo = PseudoSet.load(place(job.inputs["pseudo"]), size)
             if not self.pseudo.photo_ids:
                 raise UserError(f"{job.inputs['pseudo']}: no pseudo pair was kept; see its ledger")
             self.pseudo_count = round(self.config.pseudo_share * self.optim.batch_size)
@@ -82,7 +82,7 @@ class RetrievalTask(OnePlayer):
             self.pseudo_stream = Stream(len(self.drawings_of), self.config.seed, "pseudo")
         self.negatives: PhotoSet | None = None
         if "negatives" in job.inputs and self.config.negatives:
-            self.negatives = PhotoSet.load(Path(job.inputs["negatives"]), size)
+            self.negatives = PhotoSet.load(place(job.inputs["negatives"]), size)
             divisible("negatives", self.config.negatives, ranks)
             self.extra_stream = Stream(len(self.negatives.photo_ids), self.config.seed, "negatives")
         if ranks.world > 1 and not self.config.model.frozen_norm:
@@ -97,7 +97,7 @@ class RetrievalTask(OnePlayer):
         self.players: Mapping[str, Player] = {"": Player(self.model, self.optim)}
         self.teacher: RetrievalNet | None = None
         if "teacher" in job.inputs and self.config.loss.distill != "none":
-            self.teacher = load_retrieval(Path(job.inputs["teacher"])).model.to(device)
+            self.teacher = load_retrieval(place(job.inputs["teacher"])).model.to(device)
             if self.teacher.config.image_size != size:
                 raise UserError(
                     f"{job.inputs['teacher']}: its image_size is "

@@ -17,6 +17,7 @@ from sbir_ray.config import (
     StreamConfig,
 )
 from sbir_ray.errors import UserError
+from sbir_ray.places import place
 from sbir_ray.runs import DISCRIMINATOR, generator_training, read_run, retrieval_config
 from sbir_ray.train.generator_task import DiscriminatorTask, GeneratorTask
 from sbir_ray.train.job import Job, Task
@@ -48,7 +49,7 @@ def generator_jobs(out: str, config: GeneratorTraining, inputs: Mapping[str, str
     """The generator, then the discriminator on its drawings, in a folder inside the run."""
     jobs = [Job("generator", out, config, inputs)]
     if config.discriminator.steps:
-        critic = str(Path(out) / DISCRIMINATOR)
+        critic = str(place(out) / DISCRIMINATOR)
         jobs.append(Job("discriminator", critic, config, {**inputs, "generator": out}))
     return jobs
 
@@ -70,11 +71,11 @@ def joint_jobs(out: str, config: JointTraining, inputs: Mapping[str, str]) -> li
         found.setdefault("negatives", inputs["photos"])
     pairs = {"pairs": inputs["pairs"]}
     if "teacher" not in inputs:
-        found["teacher"] = str(Path(out) / SUPERVISED)
+        found["teacher"] = str(place(out) / SUPERVISED)
         alone = dataclasses.replace(config.retrieval, seed=config.seed, negatives=0)
         jobs.append(Job("retrieval", found["teacher"], alone, pairs))
     if "generator" not in inputs:
-        found["generator"] = str(Path(out) / GENERATOR)
+        found["generator"] = str(place(out) / GENERATOR)
         drawing = dataclasses.replace(config.generator, seed=config.seed)
         jobs += generator_jobs(found["generator"], drawing, pairs)
     return [*jobs, Job("joint", out, config, found)]
@@ -84,12 +85,12 @@ def _adopted(config: JointTraining, inputs: Mapping[str, str]) -> JointTraining:
     """The settings with the networks of the runs that ``inputs`` names."""
     retrieval, generator = config.retrieval, config.generator
     if "teacher" in inputs:
-        run = Path(inputs["teacher"])
+        run = place(inputs["teacher"])
         model = retrieval_config(read_run(run), run)
         _agree(run, "retrieval.model", retrieval.model, RetrievalConfig(), model)
         retrieval = dataclasses.replace(retrieval, model=model)
     if "generator" in inputs:
-        run = Path(inputs["generator"])
+        run = place(inputs["generator"])
         made = generator_training(read_run(run), run)
         plain = GeneratorTraining()
         _agree(run, "generator.model", generator.model, plain.model, made.model)

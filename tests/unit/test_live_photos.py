@@ -1,6 +1,7 @@
 """Tickets: every photo once an epoch, in an order that the seed alone decides."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from sbir_ray.data import photos
@@ -55,13 +56,13 @@ def test_photos_come_aligned_at_each_side_and_a_damaged_one_says_so(store):
 def test_memory_holds_a_few_groups_and_each_is_read_once_an_epoch(store, monkeypatch):
     monkeypatch.setattr(live_photos, "GROUPS", 3)
     reads = []
-    read = live_photos.pq.ParquetFile.read_row_group
+    read = pq.ParquetFile.read_row_group
 
     def counted(file, group, **options):
         reads.append(group)
         return read(file, group, **options)
 
-    monkeypatch.setattr(live_photos.pq.ParquetFile, "read_row_group", counted)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
     reader = TicketPhotos(store, 2, ())
     found = reader.read(range(COUNT))
     assert len({each.photo_id for each in found}) == COUNT
