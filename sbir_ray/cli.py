@@ -29,6 +29,7 @@ from sbir_ray.cli_options import (
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.study_cli import study
 from sbir_ray.train_cli import train
+from sbir_ray.tune_cli import tune
 
 
 def main() -> None:
@@ -380,6 +381,7 @@ def report(run: Path, as_json: bool) -> None:
 
 cli.add_command(train)
 cli.add_command(study)
+cli.add_command(tune)
 
 
 if __name__ == "__main__":

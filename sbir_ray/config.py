@@ -193,6 +193,9 @@ class RetrievalTraining:
     """Pseudo pairs a step, as a multiple of the labelled pairs (the paper: equal parts)."""
     negatives: int = 0
     """Unlabelled photos a step that serve as negatives alone."""
+    filters: FilterConfig = field(default_factory=lambda: FilterConfig())
+    """Which drawings of the PSEUDO folder are pseudo pairs, chosen anew from all that were drawn;
+    left as it is: those that the folder's own filters kept. Joint training has filters itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -429,6 +432,8 @@ class JointTraining:
         for name, part in (("retrieval", self.retrieval), ("generator", self.generator)):
             if part.seed:
                 raise ValueError(f"{name}.seed: all parts take the run's seed; set seed instead")
+        if self.retrieval.filters != FilterConfig():
+            raise ValueError("retrieval.filters: are those of a PSEUDO folder; set filters instead")
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -105,17 +106,8 @@ def curve_panel(title: str, lines: Sequence[Line], percent: bool, across: str = 
         across: what the horizontal axis counts; of ``step`` in whole numbers.
     """
     whole = across == "step"
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": title,
-        "font.family": "DejaVu Sans",
-        "font.size": 11.5,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.6, 3.1), layout="constrained")
-        figure.patch.set_visible(False)
-        axes = figure.add_subplot()
-        axes.patch.set_visible(False)
+    with matplotlib.rc_context(_settings(title)):
+        figure, axes = _empty_panel()
         for line in lines:
             x, y = thin(line.steps, line.values)
             axes.plot(
@@ -127,20 +119,98 @@ def curve_panel(title: str, lines: Sequence[Line], percent: bool, across: str = 
                 marker="o" if len(x) < 15 else "",
                 markersize=4,
             )
-        axes.grid(axis="y", color=_RULE, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0, colors=_TEXT, pad=5)
-        axes.spines[:].set_visible(False)
-        axes.spines["bottom"].set(visible=True, color=_RULE, linewidth=0.8)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, steps=_NICE))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_NICE))
         if whole:
             axes.set_xlim(left=0)
         if all((line.values[np.isfinite(line.values)] >= 0).all() for line in lines):
             axes.set_ylim(bottom=0)
         axes.set_xlabel(across, color=_TEXT)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None})
+        return _as_svg(figure)
+
+
+class Dots(NamedTuple):
+    """Points of one kind."""
+
+    colour: int
+    """As of a :class:`Line`."""
+    x: Floats
+    """(n,)"""
+    y: Floats
+    """(n,) shares in [0, 1], shown as per cent."""
+    filled: bool = True
+
+
+def dot_panel(
+    title: str,
+    groups: Sequence[Dots],
+    across: str,
+    *,
+    log: bool = False,
+    ticks: Sequence[str] = (),
+) -> str:
+    """One panel of dots as an SVG element without a fixed size.
+
+    Args:
+        title: keeps the ids of two panels apart.
+        across: what the horizontal axis is.
+        log: its scale.
+        ticks: names of 0, 1, ... on it, instead of numbers.
+    """
+    with matplotlib.rc_context(_settings(title)):
+        figure, axes = _empty_panel()
+        for group in groups:
+            colour = _LINES[group.colour % COLOURS]
+            axes.plot(
+                group.x,
+                100 * group.y,
+                color=colour,
+                linestyle="",
+                marker="o",
+                markersize=7,
+                markerfacecolor=colour if group.filled else "none",
+                markeredgewidth=1.6,
+                clip_on=False,
+            )
+        if log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+        elif ticks:
+            axes.set_xticks(range(len(ticks)), ticks)
+            axes.set_xlim(-0.5, len(ticks) - 0.5)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=_NICE))
+        axes.set_xlabel(across, color=_TEXT)
+        return _as_svg(figure)
+
+
+def _settings(title: str) -> dict[Any, Any]:
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "font.family": "DejaVu Sans",
+        "font.size": 11.5,
+    }
+
+
+def _empty_panel() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.6, 3.1), layout="constrained")
+    figure.patch.set_visible(False)
+    axes = figure.add_subplot()
+    axes.patch.set_visible(False)
+    axes.grid(axis="y", color=_RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, colors=_TEXT, pad=5)
+    axes.spines[:].set_visible(False)
+    axes.spines["bottom"].set(visible=True, color=_RULE, linewidth=0.8)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=_NICE))
+    return figure, axes
+
+
+def _as_svg(figure: Figure) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
     return _for_page(stream.getvalue())
 
 

@@ -117,6 +117,12 @@ def train_generator(
     type=FOLDER,
     help="PHOTOS folder: as negatives alone (set negatives=16 for 16 a step).",
 )
+@click.option(
+    "--begin",
+    type=FOLDER,
+    metavar="RUN",
+    help="Go on from the newest step of this run with other settings, in a run of its own.",
+)
 @OUT
 @with_workers
 @with_json
@@ -127,6 +133,7 @@ def train_semi(
     pseudo: Path | None,
     teacher: Path | None,
     negatives: Path | None,
+    begin: Path | None,
     out: Path,
     as_json: bool,
     **ray: Any,
@@ -143,7 +150,9 @@ def train_semi(
         raise UserError("--negatives has no effect with negatives=0; add --set negatives=16")
     if negatives is None and config.negatives:
         raise UserError(f"negatives={config.negatives} needs photos; add --negatives PHOTOS")
-    inputs = _inputs(pairs=pairs_dir, pseudo=pseudo, teacher=teacher, negatives=negatives)
+    inputs = _inputs(
+        pairs=pairs_dir, pseudo=pseudo, teacher=teacher, negatives=negatives, begin=begin
+    )
     _train([Job("retrieval", str(out.resolve()), config, inputs)], as_json=as_json, **ray)
 
 

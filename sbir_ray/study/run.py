@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +16,9 @@ from sbir_ray.data.pairs import Split, read_header
 from sbir_ray.data.photos import read_store
 from sbir_ray.errors import UserError
 from sbir_ray.runlog import Progress, versions, write_json_atomic
-from sbir_ray.strict import SCHEMA_VERSION, check_schema, to_dict, to_toml
+from sbir_ray.strict import SCHEMA_VERSION, to_dict, to_toml
 from sbir_ray.study import studies
+from sbir_ray.study.claim import claimed
 from sbir_ray.study.data import Cell, part_of_pool, prepare
 from sbir_ray.study.execute import execute
 from sbir_ray.study.intervals import METHOD, chance
@@ -29,7 +27,7 @@ from sbir_ray.study.tables import CHANCE, markdown, numbers, plot
 from sbir_ray.study.work import Measure
 
 Name = Literal["ablation", "labels", "photos", "generation"]
-_REQUEST, _RESULT, _SETTINGS = "request.json", "study.json", "joint.toml"
+_RESULT, _SETTINGS = "study.json", "joint.toml"
 _DOUBLINGS = 4
 """Halvings of the pool below the whole of it, by default."""
 
@@ -63,11 +61,11 @@ class Request:
         or, where they are what is studied, shares of labels are more runs, and change none."""
         return {
             "study": self.study,
-            "pairs": _marked(self.pairs, "pairs.json"),
-            "photos": None if self.photos is None else _marked(self.photos, "store.json"),
+            "pairs": marked(self.pairs, "pairs.json"),
+            "photos": None if self.photos is None else marked(self.photos, "store.json"),
             "labels": None if self.study == "labels" else list(self.labels),
             "split": self.split,
-            "gallery": None if self.gallery is None else _marked(self.gallery, "store.json"),
+            "gallery": None if self.gallery is None else marked(self.gallery, "store.json"),
             "judge": None if self.judge is None else str(self.judge.resolve()),
             "config": to_dict(self.config),
         }
@@ -85,7 +83,8 @@ class Request:
         return shlex.join([*words, "--config", str(out / _SETTINGS), "--out", str(out)])
 
 
-def _marked(folder: Path, marker: str) -> list[str]:
+def marked(folder: Path, marker: str) -> list[str]:
+    """A folder and the digest of the file that tells what it holds, for a request's identity."""
     file = folder / marker
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
     return [str(folder.resolve()), digest]
@@ -120,11 +119,12 @@ def run_study(
     out = out.resolve()
     plan = _empty_plan(request, out)
     _check(request, plan)
-    with _only_one(out, request):
+    settings = {_SETTINGS: to_toml(request.config)}
+    with claimed(out, "study", request.identity(), settings):
         from sbir_ray.stream.cluster import connect
 
         with connect(address):
-            parallel = _room(parallel, cpus, gpu, address)
+            parallel = room(parallel, cpus, gpu, address)
             cells = _cells(request, out / "data", progress)
             rows = _rows(request, plan, cells)
             shutil.rmtree(out / "failures", ignore_errors=True)
@@ -159,44 +159,12 @@ def _check(request: Request, plan: Plan) -> None:
         load_retrieval(request.judge)
 
 
-@contextmanager
-def _only_one(out: Path, request: Request) -> Iterator[None]:
-    """The study's folder, for this process alone."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{out}: another study is writing it; wait for it") from error
-        identity = json.loads(json.dumps(request.identity()))
-        file = out / _REQUEST
-        if file.exists():
-            found = json.loads(file.read_text())
-            check_schema(found.get("schema_version"), str(file))
-            other = list(_differing(found["identity"], identity))
-            if other:
-                raise UserError(
-                    f"{out}: holds a study with another {', '.join(other[:5])}; choose another "
-                    "--out, or repeat its request to go on with it"
-                )
-        elif any(entry.name != "lock" for entry in out.iterdir()):
-            raise UserError(f"{out}: is not empty and holds no study; choose another --out")
-        else:
-            head = {"schema_version": SCHEMA_VERSION, "kind": "study-request"}
-            write_json_atomic(file, {**head, "identity": identity})
-            (out / _SETTINGS).write_text(to_toml(request.config))
-        yield
+def room(parallel: int | None, cpus: float, gpu: bool, address: str | None) -> int:
+    """How many trainings run at a time: as asked, or as many as there is room for.
 
-
-def _differing(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in [*new, *(name for name in old if name not in new)]:
-            yield from _differing(old.get(name), new.get(name), f"{path}.{name}" if path else name)
-    elif old != new:
-        yield path.removeprefix("config.")
-
-
-def _room(parallel: int | None, cpus: float, gpu: bool, address: str | None) -> int:
+    Raises:
+        UserError: they do not fit.
+    """
     from sbir_ray.stream.cluster import ensure_fits
 
     if parallel is not None:

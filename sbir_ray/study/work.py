@@ -77,7 +77,7 @@ class Draw:
     """One of :data:`TRACERS`, or a generator's RUN."""
     config: SketchConfig
     teacher: str
-    """RUN of F, whose ranks ``config.filters.max_rank`` may ask for."""
+    """RUN of F that ranks the drawings, or ""."""
     needs: tuple[str, ...] = ()
     cost = SEARCH_COST
     spent = 0
@@ -96,7 +96,7 @@ class Draw:
             Path(self.out),
             self.sketcher,
             self.config,
-            teacher=Path(self.teacher) if self.config.filters.max_rank else None,
+            teacher=Path(self.teacher) if self.teacher else None,
             gpus_per_actor=float(gpu and self.sketcher not in TRACERS),
             # The study has a line of its own.
             progress=lambda title: Progress(title, file=io.StringIO()),

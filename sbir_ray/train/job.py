@@ -27,7 +27,8 @@ class Job:
     inputs: Mapping[str, str]
     """Folders by name: ``pairs``; for the retrieval network also ``pseudo``, ``teacher``,
     ``negatives``, each of which may be absent; for the discriminator ``generator`` (a run); for
-    joint training ``photos``, ``teacher`` and ``generator``."""
+    joint training ``photos``, ``teacher`` and ``generator``; and ``begin``: a run like this one,
+    with other settings, whose newest step is gone on from."""
 
 
 @dataclass(frozen=True)

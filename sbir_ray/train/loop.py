@@ -85,7 +85,7 @@ def fit(
         )
         for name, player in task.players.items()
     }
-    start = _restore(run, task, optimizers, say)
+    start = _restore(run, job.inputs.get("begin", ""), task, optimizers, say)
     with contextlib.ExitStack() as stack:
         log = None
         if ranks.rank == 0:
@@ -227,11 +227,16 @@ def _open_run(job: Job, run: Path, ranks: Ranks) -> dict[str, Any]:
 
 def _restore(
     run: Path,
+    begin: str,
     task: Task,
     optimizers: Mapping[str, torch.optim.Optimizer],
     say: Callable[[str], None],
 ) -> int:
     found = checkpoint.load(run, say)
+    if found is None and begin:
+        found = checkpoint.load(place(begin), say)
+        if found is None:
+            raise UserError(f"{begin}: has no checkpoint to begin with; let its training go on")
     if found is None:
         task.restore(0, {})
         return 0

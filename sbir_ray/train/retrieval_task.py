@@ -29,6 +29,7 @@ from sbir_ray.train import batch_rows
 from sbir_ray.train.job import Job, OnePlayer, Player, divisible, held_out
 from sbir_ray.train.position import Stream, group, rng_of
 from sbir_ray.train.ranks import Ranks
+from sbir_ray.train.thresholds import chosen_pairs
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ class RetrievalTask(OnePlayer):
         self.stream = Stream(len(self.pairs.drawn_photos), self.config.seed, "labelled")
         self.pseudo: PseudoSet | None = None
         if "pseudo" in job.inputs:
-            self.pseudo = PseudoSet.load(place(job.inputs["pseudo"]), size)
+            self.pseudo = chosen_pairs(place(job.inputs["pseudo"]), size, self.config.filters)
             if not self.pseudo.photo_ids:
-                raise UserError(f"{job.inputs['pseudo']}: no pseudo pair was kept; see its ledger")
+                raise UserError(
+                    f"{job.inputs['pseudo']}: no pseudo pair was kept; see its ledger, and filters"
+                )
             self.pseudo_count = round(self.config.pseudo_share * self.optim.batch_size)
             divisible("pseudo_share x optim.batch_size", self.pseudo_count, ranks)
             self.drawings_of = group(self.pseudo.photo_of, len(self.pseudo.photo_ids))

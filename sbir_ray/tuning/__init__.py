@@ -1,0 +1,1 @@
+"""Sweeps: many trainings with other settings, of which the validation split chooses one."""
