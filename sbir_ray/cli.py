@@ -263,7 +263,13 @@ def ingest(
 @click.option(
     "--samples",
     type=click.IntRange(1),
+    metavar="K",
     help="Drawings a photo, of which the best becomes a pair (keep=all: all of them).",
+)
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Draw part I, from 0, of N: for jobs that share OUT; the last to finish completes it.",
 )
 @click.option(
     "--teacher",
@@ -282,6 +288,7 @@ def sketch(
     photos: Path,
     out: Path,
     samples: int | None,
+    shard: str | None,
     teacher: Path | None,
     actors: tuple[int, int] | None,
     cpus_per_actor: float | None,
@@ -292,12 +299,15 @@ def sketch(
     """Draw every photo of a store: pseudo pairs with their certainty.
 
     With --samples K each photo is drawn K times; all drawings are stored, and the one whose photo
-    the teacher ranks first, or else the most certain one, becomes a pair.
+    the teacher ranks first, or else the most certain one, becomes a pair. On a folder that is there
+    another round is made, in which only photos are drawn that are new, or all of them if the
+    generator or what decides a drawing has changed; other filters draw nothing.
 
     Example: sbir-ray sketch --generator runs/g --photos photos --out pseudo --actors 1:4
     """
     from sbir_ray.runlog import Progress
     from sbir_ray.stream.cluster import connect
+    from sbir_ray.stream.pseudo_rounds import read_shard
     from sbir_ray.stream.sketching import sketch as run_sketch
 
     if (generator is None) == (sketcher is None):
@@ -311,12 +321,14 @@ def sketch(
             sketcher or str(generator),
             config,
             teacher=teacher,
+            shard=read_shard(shard) if shard else (0, 1),
             actors=actors or (1, 2),
             cpus_per_actor=cpus_per_actor or 1.0,
             gpus_per_actor=gpus_per_actor or 0.0,
             progress=lambda title: Progress(title, unit="drawings"),
         )
-    show(ledger.to_json(), as_json, f"{out}: {ledger}")
+    whole = "" if (out / "pseudo.json").exists() else "; the rest is for the other shards"
+    show(ledger.to_json(), as_json, f"{out}: {ledger}{whole}")
 
 
 @cli.command()

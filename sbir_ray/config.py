@@ -180,6 +180,47 @@ class SaveConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FilterConfig:
+    """Which drawings become pseudo pairs. A drawing is left out by the first of these that it does
+    not meet, and counted under that name."""
+
+    min_certainty: float = 0.0
+    """Least certainty of the discriminator."""
+    min_log_prob: float = -1000.0
+    """Least mean log-probability of a drawing's rows, nats."""
+    require_end: bool = False
+    """Only drawings that came to an end by themselves."""
+    min_points: int = 4
+    max_points: int = 400
+    min_strokes: int = 1
+    max_strokes: int = 100
+    min_ink: float = 0.0
+    """Least share of inked pixels of the drawing's 64 x 64 raster."""
+    max_ink: float = 1.0
+    max_rank: int = 0
+    """Largest rank of the photo, from 1, among the reference photos for its drawing, by the
+    teacher; 0: not asked."""
+
+    def __post_init__(self) -> None:
+        _at_least("max_rank", self.max_rank, 0)
+        _at_least("min_ink", self.min_ink, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceConfig:
+    """Which drawings of a PSEUDO folder become pairs; nothing is drawn again for it."""
+
+    keep: Literal["best", "all"] = "best"
+    """As of ``sketch``."""
+    samples: int = 0
+    """Only the first so many drawings of each photo; 0: all that there are."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("samples", self.samples, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RetrievalTraining:
     """``train retrieval`` and ``train semi``."""
 
@@ -193,9 +234,11 @@ class RetrievalTraining:
     """Pseudo pairs a step, as a multiple of the labelled pairs (the paper: equal parts)."""
     negatives: int = 0
     """Unlabelled photos a step that serve as negatives alone."""
-    filters: FilterConfig = field(default_factory=lambda: FilterConfig())
+    filters: FilterConfig = field(default_factory=FilterConfig)
     """Which drawings of the PSEUDO folder are pseudo pairs, chosen anew from all that were drawn;
-    left as it is: those that the folder's own filters kept. Joint training has filters itself."""
+    left as it is: those that the folder's own choice keeps. Joint training has filters itself."""
+    samples: int = 0
+    """Only the first so many drawings of each photo of the PSEUDO folder; 0: as the folder says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,33 +274,6 @@ class IngestConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FilterConfig:
-    """Which drawings become pseudo pairs. A drawing is left out by the first of these that it does
-    not meet, and counted under that name."""
-
-    min_certainty: float = 0.0
-    """Least certainty of the discriminator."""
-    min_log_prob: float = -1000.0
-    """Least mean log-probability of a drawing's rows, nats."""
-    require_end: bool = False
-    """Only drawings that came to an end by themselves."""
-    min_points: int = 4
-    max_points: int = 400
-    min_strokes: int = 1
-    max_strokes: int = 100
-    min_ink: float = 0.0
-    """Least share of inked pixels of the drawing's 64 x 64 raster."""
-    max_ink: float = 1.0
-    max_rank: int = 0
-    """Largest rank of the photo, from 1, among the reference photos for its drawing, by the
-    teacher; 0: not asked."""
-
-    def __post_init__(self) -> None:
-        _at_least("max_rank", self.max_rank, 0)
-        _at_least("min_ink", self.min_ink, 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SketchConfig:
     """``sketch``: how pseudo sketches are drawn and which are kept."""
 
@@ -279,6 +295,11 @@ class SketchConfig:
         _at_least("samples", self.samples, 1)
         _at_least("temperature", self.temperature, 0)
         _at_least("batch_size", self.batch_size, 1)
+
+    @property
+    def choice(self) -> ChoiceConfig:
+        """What of this says which drawings become pairs."""
+        return ChoiceConfig(keep=self.keep, filters=self.filters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

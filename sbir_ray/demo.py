@@ -41,7 +41,7 @@ from sbir_ray.run_report import pseudo_sections
 from sbir_ray.runlog import Ledger, Progress, duration, versions, write_json_atomic
 from sbir_ray.stream.cluster import connect
 from sbir_ray.stream.ingest import ingest
-from sbir_ray.stream.pseudo_store import PseudoSet
+from sbir_ray.stream.pseudo_store import HEADER, PseudoSet
 from sbir_ray.stream.sketching import sketch
 from sbir_ray.strict import SCHEMA_VERSION, digest, to_dict
 from sbir_ray.train.job import Job
@@ -169,7 +169,7 @@ def run_demo(
                 _train(_supervised(out, plan))
         with stages.run("sketches", "generator actors and contour tracing draw the photos"):
             for name, by in (("generator", str(out / "runs" / "generator")), ("contours",) * 2):
-                if not (out / f"pseudo-{name}").exists():
+                if not (out / f"pseudo-{name}" / HEADER).exists():
                     sketch(
                         out / "photos",
                         out / f"pseudo-{name}",

@@ -11,16 +11,17 @@ from typing import Any
 from sbir_ray import joint_report, report
 from sbir_ray.assess import pseudo_ranks
 from sbir_ray.certainty import certainty_deciles, pick_evenly
+from sbir_ray.config import ChoiceConfig
 from sbir_ray.data.pairs import PairSet
 from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.evaluate import Evaluation, Metrics, paired_difference
 from sbir_ray.places import place
 from sbir_ray.report import Curve, ReportData, Result
-from sbir_ray.runlog import Ledger
 from sbir_ray.runs import DISCRIMINATOR, JOINT, read_run, retrieval_config
 from sbir_ray.stream import pseudo_store
 from sbir_ray.stream.pseudo_store import PseudoSet
+from sbir_ray.strict import from_dict
 
 Lines = Sequence[Mapping[str, Any]]
 Panels = Sequence[tuple[str, str, Mapping[str, str]]]
@@ -123,7 +124,9 @@ def run_report(run: Path) -> ReportData:
         folder = record["inputs"].get("pseudo")
         if folder and place(folder).exists():
             teacher = record["inputs"].get("teacher")
-            data = replace(data, **pseudo_sections(place(folder), size, teacher))
+            found = record["config"].get("choice")
+            choice = from_dict(ChoiceConfig, found) if found else None
+            data = replace(data, **pseudo_sections(place(folder), size, teacher, choice))
     return data
 
 
@@ -344,16 +347,19 @@ def joint_sections(run: Path, log: Lines, max_staleness: int) -> dict[str, Any]:
     return fields
 
 
-def pseudo_sections(folder: Path, size: int, teacher: str | None) -> dict[str, Any]:
+def pseudo_sections(
+    folder: Path, size: int, teacher: str | None, choice: ChoiceConfig | None = None
+) -> dict[str, Any]:
     """The gallery, the account and, by a teacher's run, the deciles of a PSEUDO folder, as fields
     of :class:`sbir_ray.report.ReportData`.
 
     Args:
         size: side of the photos, pixels; the teacher's own.
+        choice: which drawings are pairs, in place of the folder's choice.
     """
     header = pseudo_store.read_header(folder)
-    pseudo = PseudoSet.load(folder, size)
-    ledger = Ledger.from_json("pseudo", header["ledger"], str(folder / pseudo_store.HEADER))
+    pseudo = PseudoSet.load(folder, size, choice=choice)
+    ledger = pseudo_store.account(folder, header, choice)
     fields: dict[str, Any] = {
         "ledgers": [ledger],
         "pseudo": report.PseudoGallery(

@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from sbir_ray.config import FilterConfig
-from sbir_ray.data.photos import align, decode_stored, read_store
+from sbir_ray.data.photos import align, decode_stored
 from sbir_ray.data.raster import rasterise
 from sbir_ray.data.strokes import Strokes, count_points
 from sbir_ray.errors import UserError
-from sbir_ray.stream.sketchers import Drawn, Sketcher
+from sbir_ray.places import read_table
+from sbir_ray.stream.sketch_blocks import shards_of
+from sbir_ray.stream.sketchers import Drawn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +40,9 @@ REFERENCES = 512
 """Most photos among which a photo is ranked."""
 
 _INK_SIDE = 64
+_NO_REFERENCE = pa.table(
+    {"photo_id": pa.array([], pa.string()), "image": pa.array([], pa.binary())}
+)
 _TIE = 1e-6
 """Difference below which two cosines are the same: rounding of float32 sums."""
 _GPU_BATCH = 64
@@ -89,34 +95,43 @@ def _quality(drawn: Drawn) -> tuple[float, ...]:
 
 
 def refuse_without_effect(
-    filters: FilterConfig, sketcher: Sketcher, teacher: Path | None, photos: int
+    filters: FilterConfig, name: str, *, generative: bool, judged: bool, ranked: bool
 ) -> None:
-    """Refuse settings that no drawing of this sketcher can fail.
+    """Refuse settings that no drawing of a sketcher can fail.
 
     Args:
-        teacher: RUN folder of the network that ranks, if there is one.
-        photos: number of photos that are drawn.
+        name, generative, judged: of the sketcher.
+        ranked: whether a teacher ranked its drawings' photos.
 
     Raises:
         UserError: the setting, why it has no effect, and what to do.
     """
-    name, last = sketcher.name, min(photos, REFERENCES + 1)
-    if filters.min_certainty > 0 and not sketcher.judged:
+    if filters.min_certainty > 0 and not judged:
         raise UserError(
             f"filters.min_certainty={filters.min_certainty:g}: {name} has no discriminator, so all "
             "certainties are 1; leave it at 0"
         )
-    if filters.min_log_prob != FilterConfig().min_log_prob and not sketcher.generative:
+    if filters.min_log_prob != FilterConfig().min_log_prob and not generative:
         raise UserError(
             f"filters.min_log_prob={filters.min_log_prob:g}: {name} draws without chance, so there "
             "is no log-probability; leave it out"
         )
-    if filters.require_end and not sketcher.generative:
+    if filters.require_end and not generative:
         raise UserError(f"filters.require_end=true: {name} always ends; leave it at false")
-    if filters.max_rank > 0 and teacher is None:
+    if filters.max_rank > 0 and not ranked:
         raise UserError(
-            f"filters.max_rank={filters.max_rank}: ranks are a teacher's; give --teacher RUN"
+            f"filters.max_rank={filters.max_rank}: ranks are a teacher's; give --teacher RUN to "
+            "`sbir-ray sketch`"
         )
+
+
+def refuse_rank_above_all(filters: FilterConfig, photos: int) -> None:
+    """Refuse a largest rank that no drawing can exceed beside so many photos.
+
+    Raises:
+        UserError: it is not below the largest rank that there is.
+    """
+    last = min(photos, REFERENCES + 1)
     if filters.max_rank >= last:
         raise UserError(
             f"filters.max_rank={filters.max_rank}: no rank is above {last} here; set less"
@@ -230,18 +245,40 @@ class RankerSpec:
         return TeacherRanker(load_retrieval(self.run).model.to(self.device), reference_photos)
 
 
-def reference_photos(photos: Path, image_size: int) -> NDArray[np.uint8]:
-    """(R, 3, S, S) the first photos of a store in the order of their ids, aligned; at most
-    :data:`REFERENCES`, and none that is damaged.
+def reference_rows(photos: Path) -> pa.Table:
+    """``photo_id`` and ``image`` of the first photos of a store in the order of their ids, at most
+    :data:`REFERENCES`.
 
     Raises:
         UserError: not a photo store.
     """
-    first = heapq.nsmallest(REFERENCES, read_store(photos), key=lambda row: row["photo_id"])
+    places = (
+        (name, file, row)
+        for file in shards_of(photos)
+        for row, name in enumerate(read_table(file, columns=["photo_id"])[0].to_pylist())
+    )
+    rows_of: dict[Path, list[int]] = defaultdict(list)
+    for _, file, row in heapq.nsmallest(REFERENCES, places):
+        rows_of[file].append(row)
+    found = [
+        read_table(file, columns=["photo_id", "image"]).take(rows)
+        for file, rows in sorted(rows_of.items())
+    ]
+    return pa.concat_tables(found).sort_by("photo_id") if found else _NO_REFERENCE
+
+
+def reference_photos(photos: Path | pa.Table, image_size: int) -> NDArray[np.uint8]:
+    """(R, 3, S, S) :func:`reference_rows`, of a store or read before, aligned; none that is
+    damaged.
+
+    Raises:
+        UserError: not a photo store.
+    """
+    table = photos if isinstance(photos, pa.Table) else reference_rows(photos)
     aligned = []
-    for row in first:
+    for image in table["image"].to_pylist():
         try:
-            rgb = decode_stored(row["image"])
+            rgb = decode_stored(image)
         except (OSError, SyntaxError, ValueError):  # a failed row of its own when it is drawn
             continue
         aligned.append(align(rgb, image_size).transpose(2, 0, 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,19 +12,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sbir_ray.config import SketchConfig
+from sbir_ray.config import ChoiceConfig, SketchConfig
 from sbir_ray.data.strokes import count_points, flatten
-from sbir_ray.places import place, write_table
+from sbir_ray.places import place, read_table, write_table
 from sbir_ray.stream.attempts import KILLED, LIMIT, Attempts
-from sbir_ray.stream.filters import RankerSpec, TeacherRanker, choose
-from sbir_ray.stream.pseudo_store import PSEUDO_SCHEMA
+from sbir_ray.stream.filters import RankerSpec, TeacherRanker, choose, reference_photos
+from sbir_ray.stream.pseudo_rounds import ATTEMPTS, ERROR, REFERENCE
+from sbir_ray.stream.pseudo_store import CHOICE, PSEUDO_SCHEMA
 from sbir_ray.stream.sketch_blocks import one_line
 from sbir_ray.stream.sketchers import Drawn, SketcherSpec, row_seed
-
-ERROR = "error-"
-"""How the reason of a drawing begins that failed by an error, which may be gone next time."""
-ATTEMPTS, REFERENCE = "attempts", "reference.npy"
-"""Inside the folder while it is being made: the actors' journals, the teacher's photos."""
+from sbir_ray.strict import digest
 
 _PHOTO = ["photo_id", "image", "photo_sha256"]
 _DRAWING = pa.struct(
@@ -65,8 +61,8 @@ class SketchActor:
         self.config = config
         self.ranker: TeacherRanker | None = None
         if ranker is not None:
-            data = (place(folder) / REFERENCE).read_bytes()
-            self.ranker = ranker.make(np.load(io.BytesIO(data)))
+            reference = read_table(place(folder) / REFERENCE)
+            self.ranker = ranker.make(reference_photos(reference, ranker.image_size))
         self.journals = place(folder) / ATTEMPTS
         self.known = {
             "generator_version": self.sketcher.version,
@@ -209,15 +205,16 @@ def _pixels(photos: list[dict[str, Any]], size: int) -> NDArray[np.uint8]:
     return pixels.reshape(-1, size, size, 3)
 
 
-def write_rows(photos: pa.Table, target: str) -> pa.Table:
-    """Task: the drawings of photos to files named after their block and content, in the order of
-    photo and sample; returns their accounts."""
+def write_rows(photos: pa.Table, target: str, choice: ChoiceConfig) -> pa.Table:
+    """Task: the drawings of photos, whose fates are by ``choice``, to files named after their block
+    and content, in the order of photo and sample; returns their accounts."""
     for block in dict.fromkeys(photos["block"].to_pylist()):
         mine = photos.filter(pc.equal(photos["block"], block)).sort_by("photo_id")
         names = "".join(mine["photo_id"].to_pylist())
         content = hashlib.sha256(names.encode()).hexdigest()[:12]
+        rows = _rows_of(mine).select(PSEUDO_SCHEMA.names)
         write_table(
-            _rows_of(mine).select(PSEUDO_SCHEMA.names),
+            rows.replace_schema_metadata({CHOICE: digest(choice)}),
             place(target) / f"part-{block:06d}-{content}.parquet",
             compression="zstd",
             dictionary_pagesize_limit=_DICTIONARY,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from sbir_ray.data.photos import align, decode_stored, read_store
 from sbir_ray.errors import UserError
-from sbir_ray.places import count_rows, open_table, place
+from sbir_ray.places import count_rows, open_table, place, read_table
 
 _BLOCK_ROWS = (64, 256)
 """Most photos of a block of a small store, and of any."""
@@ -46,18 +47,46 @@ class PhotoBlock:
         )
 
 
-def plan_blocks(photos: Path, batch_size: int) -> list[PhotoBlock]:
+def shards_of(photos: Path) -> list[Path]:
+    """The files of a photo store, in order.
+
+    Raises:
+        UserError: not a photo store of a known version.
+    """
+    next(read_store(photos), None)
+    return sorted((photos / "shards").glob("part-*.parquet"))
+
+
+def photo_ids(files: Iterable[Path]) -> Iterator[str]:
+    """Of all rows, in order."""
+    for file in files:
+        yield from read_table(file, columns=["photo_id"])["photo_id"].to_pylist()
+
+
+def numbers_of(names: Iterable[str]) -> NDArray[np.uint64]:
+    """A number for each name, others for others: the first eight bytes of a hash. Millions fit."""
+    found = (int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) for name in names)
+    return np.fromiter(found, np.uint64)
+
+
+def plan_blocks(
+    photos: Path, batch_size: int, drawn: NDArray[np.uint64] | None = None
+) -> list[PhotoBlock]:
     """The blocks of a photo store: whole batches across its files, few enough rows for actors to
     share the work, enough that Ray Data costs little beside it.
+
+    Args:
+        drawn: :func:`numbers_of` the photos that are left out; the store is then looked through.
 
     Raises:
         UserError: not a photo store of a known version, or an empty one.
     """
-    if next(read_store(photos), None) is None:
+    left = [
+        (shard, start, stop) for shard in shards_of(photos) for start, stop in _runs(shard, drawn)
+    ]
+    if not left and drawn is None:
         raise UserError(f"{photos}: holds no photo; see its ledger")
-    shards = sorted((photos / "shards").glob("part-*.parquet"))
-    left = [(shard, 0, count_rows(shard)) for shard in shards]
-    total = sum(stop for _, _, stop in left)
+    total = sum(stop - start for _, start, stop in left)
     rows = min(max(_BLOCK_ROWS[0], total // _MANY_BLOCKS), _BLOCK_ROWS[1], total // _BLOCKS)
     rows = max(1, -(-rows // batch_size)) * batch_size
     blocks: list[PhotoBlock] = []
@@ -75,6 +104,15 @@ def plan_blocks(photos: Path, batch_size: int) -> list[PhotoBlock]:
     if runs:
         blocks.append(PhotoBlock(len(blocks), tuple(runs)))
     return blocks
+
+
+def _runs(shard: Path, drawn: NDArray[np.uint64] | None) -> list[tuple[int, int]]:
+    """The rows of a shard that are not drawn, as start and stop."""
+    if drawn is None:
+        return [(0, count_rows(shard))]
+    left = ~np.isin(numbers_of(photo_ids([shard])), drawn)
+    edges = np.flatnonzero(np.diff(left, prepend=False, append=False))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
 def read_photos(plan: pa.Table, image_sizes: Sequence[int]) -> pa.Table:

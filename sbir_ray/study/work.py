@@ -84,8 +84,8 @@ class Draw:
 
     @property
     def done(self) -> bool:
-        """Whether the folder is there: it appears when it is whole."""
-        return Path(self.out).exists()
+        """Whether the folder has a header: it is written when the folder is whole."""
+        return (Path(self.out) / "pseudo.json").exists()
 
     def perform(self, gpu: bool) -> None:
         """Draw what is left. Needs a Ray that is up."""

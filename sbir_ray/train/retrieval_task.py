@@ -74,7 +74,9 @@ class RetrievalTask(OnePlayer):
         self.stream = Stream(len(self.pairs.drawn_photos), self.config.seed, "labelled")
         self.pseudo: PseudoSet | None = None
         if "pseudo" in job.inputs:
-            self.pseudo = chosen_pairs(place(job.inputs["pseudo"]), size, self.config.filters)
+            folder = place(job.inputs["pseudo"])
+            choice = choice_for(folder, self.config)
+            self.pseudo = PseudoSet.load(folder, size, choice=choice)
             if not self.pseudo.photo_ids:
                 raise UserError(
                     f"{job.inputs['pseudo']}: no pseudo pair was kept; see its ledger, and filters"
@@ -83,6 +85,8 @@ class RetrievalTask(OnePlayer):
             divisible("pseudo_share x optim.batch_size", self.pseudo_count, ranks)
             self.drawings_of = group(self.pseudo.photo_of, len(self.pseudo.photo_ids))
             self.pseudo_stream = Stream(len(self.drawings_of), self.config.seed, "pseudo")
+        elif self.config.choice is not None:
+            raise UserError("choice: there is no PSEUDO folder to choose from; leave it out")
         self.negatives: PhotoSet | None = None
         if "negatives" in job.inputs and self.config.negatives:
             self.negatives = PhotoSet.load(place(job.inputs["negatives"]), size)

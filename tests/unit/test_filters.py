@@ -6,8 +6,6 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +27,7 @@ from sbir_ray.stream.filters import (
     choose,
     filter_reason,
     reference_photos,
+    refuse_rank_above_all,
     refuse_without_effect,
 )
 from sbir_ray.stream.sketchers import Drawn
@@ -155,37 +154,36 @@ def test_the_best_is_one_that_passes_the_filters():
 
 # --------------------------------------------------------------------------- without effect
 
-TRACER = SimpleNamespace(name="contours", generative=False, judged=False)
-GENERATOR = SimpleNamespace(name="generator", generative=True, judged=True)
-TEACHER = Path("runs/f")
+TRACER = {"name": "contours", "generative": False, "judged": False}
+GENERATOR = {"name": "generator", "generative": True, "judged": True}
 
 
 @pytest.mark.parametrize(
-    ("settings", "sketcher", "teacher", "message"),
+    ("settings", "sketcher", "message"),
     [
-        ({"min_certainty": 0.5}, TRACER, None, r"min_certainty=0\.5: contours has no discrimin"),
-        ({"min_log_prob": -2.0}, TRACER, None, "min_log_prob=-2: contours draws without chance"),
-        ({"require_end": True}, TRACER, None, "require_end=true: contours always ends"),
-        ({"max_rank": 20}, GENERATOR, None, "max_rank=20: ranks are a teacher's; give --teacher"),
-        ({"max_rank": 30}, GENERATOR, TEACHER, "max_rank=30: no rank is above 30 here"),
+        ({"min_certainty": 0.5}, TRACER, r"min_certainty=0\.5: contours has no discrimin"),
+        ({"min_log_prob": -2.0}, TRACER, "min_log_prob=-2: contours draws without chance"),
+        ({"require_end": True}, TRACER, "require_end=true: contours always ends"),
+        ({"max_rank": 20}, GENERATOR, "max_rank=20: ranks are a teacher's; give --teacher"),
     ],
 )
-def test_settings_without_effect_are_refused(settings, sketcher, teacher, message):
+def test_settings_without_effect_are_refused(settings, sketcher, message):
     with pytest.raises(UserError, match=message):
-        refuse_without_effect(FilterConfig(**settings), sketcher, teacher, photos=30)
+        refuse_without_effect(FilterConfig(**settings), **sketcher, ranked=False)
 
 
 def test_ranks_go_one_beyond_the_reference_photos():
-    most = FilterConfig(max_rank=filters.REFERENCES)
-    refuse_without_effect(most, GENERATOR, TEACHER, photos=10**6)
-    with pytest.raises(UserError, match="no rank is above 513 here"):
-        refuse_without_effect(FilterConfig(max_rank=513), GENERATOR, TEACHER, photos=10**6)
+    refuse_rank_above_all(FilterConfig(max_rank=filters.REFERENCES), photos=10**6)
+    refuse_rank_above_all(FilterConfig(max_rank=29), photos=30)
+    for rank, photos_, last in ((30, 30, 30), (513, 10**6, 513)):
+        with pytest.raises(UserError, match=f"max_rank={rank}: no rank is above {last} here"):
+            refuse_rank_above_all(FilterConfig(max_rank=rank), photos=photos_)
 
 
 def test_settings_with_an_effect_are_not_refused():
     whole = FilterConfig(min_certainty=0.5, min_log_prob=-2.0, require_end=True, max_rank=29)
-    refuse_without_effect(whole, GENERATOR, TEACHER, photos=30)
-    refuse_without_effect(FilterConfig(min_points=9, max_ink=0.5), TRACER, None, photos=30)
+    refuse_without_effect(whole, **GENERATOR, ranked=True)
+    refuse_without_effect(FilterConfig(min_points=9, max_ink=0.5), **TRACER, ranked=False)
 
 
 # --------------------------------------------------------------------------- the teacher

@@ -7,58 +7,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sbir_ray.config import ChoiceConfig, FilterConfig
 from sbir_ray.data import photos
-from sbir_ray.data.strokes import flatten
 from sbir_ray.errors import DamagedError, UserError
-from sbir_ray.stream.pseudo_store import PSEUDO_SCHEMA, PseudoSet, iter_rows, stats
+from sbir_ray.stream.pseudo_store import ABSENT, PseudoSet, iter_rows, read_header, refilter
 from tests.tiny import photo, sketch
+from tests.tiny_pseudo import pseudo_row, tiny_pseudo
 
-
-def row(number, seed=0, status="kept", reason="", certainty=0.5):
-    strokes = [] if status == "failed" else sketch(number, hand=seed)
-    rgb = photo(number)
-    return {
-        "photo_id": f"{number:02d}",
-        "image": photos.encode_jpeg(rgb),
-        "strokes": flatten(strokes),
-        "certainty": certainty,
-        "log_prob": -1.0,
-        "rank": 0,
-        "points": sum(map(len, strokes)),
-        "generator_version": 1,
-        "generator_digest": "abc",
-        "seed": seed,
-        "round": 0,
-        "kept": status == "kept",
-        "status": status,
-        "reason": reason,
-    }
-
-
-def write(folder, *parts, number=0, **header):
-    place = folder / f"round-{number:04d}"
-    place.mkdir(parents=True)
-    for i, rows in enumerate(parts):
-        pq.write_table(pa.Table.from_pylist(rows, PSEUDO_SCHEMA), place / f"part-{i}.parquet")
-    rows = [row for part in parts for row in part]
-    ledger = {"drawn": len(rows), "kept": 0, "filtered": {}, "failed": {}}
-    for entry in rows:
-        if entry["kept"]:
-            ledger["kept"] += 1
-        else:
-            reasons = ledger[entry["status"]]
-            reasons[entry["reason"]] = reasons.get(entry["reason"], 0) + 1
-    values = {"schema_version": 1, "kind": "pseudo", "sketcher": "contours", "ledger": ledger}
-    (folder / "pseudo.json").write_text(json.dumps({**values, **header}))
-    return folder
+LATER = ["photo_sha256", "sample", "rows", "ended", "rank", "similarity", "settings_digest"]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return write(
+    failed = pseudo_row(2, status="failed", reason="nothing-to-draw")
+    return tiny_pseudo(
         tmp_path / "pseudo",
-        [row(3, certainty=0.9), row(1, seed=7), row(2, status="failed", reason="nothing-to-draw")],
-        [row(1, seed=5, certainty=0.1), row(0, status="filtered", reason="min_certainty")],
+        [pseudo_row(3, certainty=0.9), pseudo_row(1, sample=7), failed],
+        [pseudo_row(1, sample=5, certainty=0.1), pseudo_row(0, reason="min_certainty")],
     )
 
 
@@ -84,24 +49,116 @@ def test_filtered_pairs_are_there_when_asked_for_and_failed_rows_never(folder):
     assert len(list(iter_rows(folder, kept_only=False))) == 5
 
 
-def test_the_newest_round_counts(folder):
-    write(folder, [row(9)], number=1)
-    assert PseudoSet.load(folder, 32).photo_ids == ["09"]
-
-
 def test_a_set_in_which_nothing_was_kept_is_empty(tmp_path):
-    only = [row(0, status="filtered", reason="min_points")]
-    loaded = PseudoSet.load(write(tmp_path / "p", only), 32)
+    only = [pseudo_row(0, reason="min_points")]
+    loaded = PseudoSet.load(tiny_pseudo(tmp_path / "p", only), 32)
     assert (loaded.photos.shape, loaded.sketches, len(loaded.photo_of)) == ((0, 3, 32, 32), [], 0)
 
 
-def test_stats_are_of_the_kept_pairs(folder):
-    found = stats(folder)
-    assert found["ledger"]["kept"] == 3
-    points = [sum(map(len, s)) for s in (sketch(1, 5), sketch(1, 7), sketch(3, 0))]
-    assert found["points"]["mean"] == pytest.approx(np.mean(points))
-    assert found["certainty"]["median"] == pytest.approx(0.5)
-    assert found["strokes"]["most"] == 2
+# --------------------------------------------------------------------------- rounds
+
+
+def ids(folder, **how):
+    return [row["photo_id"] for row in iter_rows(folder, **how)]
+
+
+def test_the_newest_round_holds_what_earlier_ones_drew_in_the_same_way(tmp_path):
+    choice, folder = ChoiceConfig(), tmp_path / "p"
+    tiny_pseudo(folder, [pseudo_row(0)], choice=choice)
+    tiny_pseudo(folder, [pseudo_row(1)], choice=choice, number=1, generator_digest="other")
+    assert ids(folder) == ["01"]
+    tiny_pseudo(folder, [pseudo_row(2)], choice=choice, number=2)
+    assert ids(folder) == ["00", "02"]
+    tiny_pseudo(folder, [pseudo_row(3)], choice=choice, number=3, settings_digest="other")
+    assert ids(folder) == ["03"]
+
+
+def test_photos_that_the_store_has_no_more_are_not_in_the_newest_round(tmp_path):
+    choice, folder = ChoiceConfig(), tmp_path / "p"
+    tiny_pseudo(folder, [pseudo_row(0), pseudo_row(1)], choice=choice)
+    tiny_pseudo(folder, [pseudo_row(2)], choice=choice, number=1)
+    pq.write_table(pa.table({"photo_id": ["01"]}), folder / "round-0001" / ABSENT)
+    assert ids(folder, kept_only=False) == ["00", "02"]
+
+
+# --------------------------------------------------------------------------- another choice
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Two photos with three drawings each, and one that failed."""
+    values = [(0.2, 5), (0.9, 3), (0.6, 1), (0.4, 2), (0.8, 2), (0.1, 9)]
+    rows = [
+        pseudo_row(i // 3, i % 3, certainty=sure, rank=rank, similarity=-rank / 10)
+        for i, (sure, rank) in enumerate(values)
+    ]
+    failed = [pseudo_row(2, k, status="failed", reason="nothing-to-draw") for k in range(3)]
+    choice = ChoiceConfig(keep="all")
+    return tiny_pseudo(tmp_path / "p", rows, failed, choice=choice, teacher_digest="t")
+
+
+@pytest.mark.parametrize(
+    ("choice", "kept", "reasons"),
+    [
+        ({"keep": "all"}, [0, 1, 2, 3, 4, 5], {}),
+        ({}, [2, 4], {"not-best": 4}),
+        ({"filters": {"min_certainty": 0.7}}, [1, 4], {"min_certainty": 4}),
+        ({"filters": {"max_rank": 2}}, [2, 4], {"max_rank": 3, "not-best": 1}),
+        ({"filters": {"max_rank": 2}, "keep": "all"}, [2, 3, 4], {"max_rank": 3}),
+        ({"samples": 2}, [1, 4], {"samples": 2, "not-best": 2}),
+        ({"samples": 1, "keep": "all"}, [0, 3], {"samples": 4}),
+    ],
+)
+def test_another_choice_is_made_of_what_is_stored(several, choice, kept, reasons):
+    made = ChoiceConfig(**{**choice, "filters": FilterConfig(**choice.get("filters", {}))})
+    files = {file: file.read_bytes() for file in several.rglob("part-*")}
+
+    def places(**how):
+        rows = iter_rows(several, **how)
+        return [3 * int(row["photo_id"]) + row["sample"] for row in rows]
+
+    before = places()
+    assert before == [0, 1, 2, 3, 4, 5]
+    # Of equal ranks the more similar one; here they are equal as well, so the more certain.
+    assert places(choice=made) == kept
+    assert len(PseudoSet.load(several, 32, choice=made).sketches) == len(kept)
+    assert places() == before
+
+    ledger = refilter(several, made)
+    assert places() == kept
+    assert ledger.by_reason["filtered"] == reasons
+    assert ledger.by_reason["failed"] == {"nothing-to-draw": 3}
+    assert read_header(several)["ledger"] == ledger.to_json()
+    assert {file: file.read_bytes() for file in several.rglob("part-*")} == files
+    refilter(several, ChoiceConfig(keep="all"))
+    assert places() == before
+
+
+def test_a_choice_without_effect_is_refused(tmp_path):
+    rows, choice = [pseudo_row(0)], ChoiceConfig()
+    folder = tiny_pseudo(tmp_path / "p", rows, choice=choice, generative=False, judged=False)
+    for name, value in (("max_rank", 3), ("min_certainty", 0.5), ("require_end", True)):
+        made = ChoiceConfig(filters=FilterConfig(**{name: value}))
+        with pytest.raises(UserError, match=rf"p: filters\.{name}="):
+            refilter(folder, made)
+        with pytest.raises(UserError, match=rf"p: filters\.{name}="):
+            PseudoSet.load(folder, 32, choice=made)
+
+
+def test_folders_of_earlier_versions_are_read_and_say_what_they_lack(tmp_path):
+    rows = [pseudo_row(0), pseudo_row(1, reason="min_points")]
+    folder = tiny_pseudo(tmp_path / "p", rows, without=LATER)
+    assert PseudoSet.load(folder, 32).photo_ids == ["00"]
+    (row,) = iter_rows(folder)
+    assert (row["rank"], row["sample"], row["similarity"], row["ended"]) == (0, 0, 0.0, True)
+    with pytest.raises(UserError, match=r"part-000000\.parquet: has no column ended, which anoth"):
+        refilter(folder, ChoiceConfig())
+    spoilt = tiny_pseudo(tmp_path / "q", rows, without=["certainty"])
+    with pytest.raises(DamagedError, match="has no column certainty; sketch again"):
+        PseudoSet.load(spoilt, 32)
+
+
+# --------------------------------------------------------------------------- damage
 
 
 @pytest.mark.parametrize(
@@ -117,16 +174,26 @@ def test_stats_are_of_the_kept_pairs(folder):
     ],
 )
 def test_what_is_no_whole_folder_of_this_version_is_refused(tmp_path, header, error, message):
-    write(tmp_path / "p", [row(0)], **header)
+    tiny_pseudo(tmp_path / "p", [pseudo_row(0)], **header)
     with pytest.raises(error, match=message):
         PseudoSet.load(tmp_path / "p", 32)
 
 
 def test_damage_is_told_by_file(folder):
-    part = folder / "round-0000" / "part-1.parquet"
+    part = folder / "round-0000" / "part-000001.parquet"
     part.write_bytes(part.read_bytes()[:-9])
-    with pytest.raises(DamagedError, match=r"part-1\.parquet"):
+    with pytest.raises(DamagedError, match=r"part-000001\.parquet"):
         PseudoSet.load(folder, 32)
     (folder / "pseudo.json").write_text("{")
     with pytest.raises(DamagedError, match=r"pseudo\.json"):
+        PseudoSet.load(folder, 32)
+
+
+def test_a_round_that_is_gone_is_named(tmp_path):
+    choice, folder = ChoiceConfig(), tmp_path / "p"
+    tiny_pseudo(folder, [pseudo_row(0)], choice=choice)
+    values = json.loads((folder / "pseudo.json").read_text())
+    values["rounds"].append({**values["rounds"][0], "round": 1})
+    (folder / "pseudo.json").write_text(json.dumps(values))
+    with pytest.raises(DamagedError, match="round-0001: is missing"):
         PseudoSet.load(folder, 32)

@@ -3,23 +3,20 @@
 import dataclasses
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sbir_ray.config import AugmentConfig
+from sbir_ray.config import AugmentConfig, ChoiceConfig, FilterConfig
 from sbir_ray.data import photos, raster, strokes
 from sbir_ray.data.pairs import PairSet, new_pairs
 from sbir_ray.errors import UserError
-from sbir_ray.runlog import Ledger, write_json_atomic
-from sbir_ray.stream.pseudo_store import PSEUDO_SCHEMA
 from sbir_ray.train import retrieval_task
 from sbir_ray.train.job import Job
 from sbir_ray.train.ranks import Ranks
 from sbir_ray.train.retrieval_task import number_of
 from sbir_ray.train.tasks import build
 from tests.tiny import NO_CHANGE, generator_config, photo, retrieval_config, sketch, tiny_pairs
+from tests.tiny_pseudo import pseudo_row, tiny_pseudo
 
 CPU = torch.device("cpu")
 FLIPPED = dataclasses.replace(NO_CHANGE, flip=1.0)
@@ -35,37 +32,18 @@ def task_of(kind, config, **inputs):
     return build(Job(kind, "unused", config, inputs), Ranks(), CPU)
 
 
-def pseudo_folder(out, certainties, kept=True):
+def pseudo_folder(out, certainties, kept=True, choice=None):
     """A PSEUDO folder of the shapes from 20 on, one drawing each, with these certainties."""
-    rows = []
-    for i, certainty in enumerate(certainties):
-        rgb = photo(20 + i)
-        rows.append(
-            {
-                "photo_id": f"{i:064d}",
-                "image": photos.encode_jpeg(rgb),
-                "strokes": strokes.flatten(sketch(20 + i)),
-                "certainty": certainty,
-                "log_prob": -1.0,
-                "rank": 0,
-                "points": strokes.count_points(sketch(20 + i)),
-                "generator_version": 1,
-                "generator_digest": "0" * 12,
-                "seed": 0,
-                "round": 0,
-                "kept": kept,
-                "status": "kept" if kept else "filtered",
-                "reason": "" if kept else "min_certainty",
-            }
+    rows = [
+        pseudo_row(
+            20 + i,
+            reason="" if kept else "min_certainty",
+            photo_id=f"{i:064d}",
+            certainty=certainty,
         )
-    (out / "round-0000").mkdir(parents=True)
-    table = pa.Table.from_pylist(rows, PSEUDO_SCHEMA)
-    pq.write_table(table, out / "round-0000" / "part-00000.parquet")
-    ledger = Ledger("pseudo", len(rows))
-    ledger.add("kept" if kept else "filtered", "" if kept else "min_certainty", len(rows))
-    header = {"schema_version": 1, "kind": "pseudo", "sketcher": "x", "ledger": ledger.to_json()}
-    write_json_atomic(out / "pseudo.json", header)
-    return out
+        for i, certainty in enumerate(certainties)
+    ]
+    return tiny_pseudo(out, rows, choice=choice)
 
 
 def test_photo_and_sketch_are_mirrored_together_for_retrieval(pairs):
@@ -151,6 +129,21 @@ def test_a_store_without_a_kept_pseudo_pair_is_refused(tmp_path, pairs):
     folder = pseudo_folder(tmp_path / "pseudo", [0.1], kept=False)
     with pytest.raises(UserError, match="no pseudo pair was kept"):
         task_of("retrieval", retrieval_config(), pairs=pairs, pseudo=folder)
+
+
+def test_other_drawings_are_chosen_without_drawing_again(tmp_path, pairs):
+    sure = [0.1, 0.2, 0.3, 0.4, 0.5]
+    folder = pseudo_folder(tmp_path / "pseudo", sure, choice=ChoiceConfig())
+    choice = ChoiceConfig(filters=FilterConfig(min_certainty=0.35))
+    config = retrieval_config(choice=choice)
+    task = task_of("retrieval", config, pairs=pairs, pseudo=folder)
+    assert task.pseudo.photo_ids == [f"{i:064d}" for i in (3, 4)]
+    assert (
+        len(task_of("retrieval", retrieval_config(), pairs=pairs, pseudo=folder).pseudo.photo_ids)
+        == 5
+    )
+    with pytest.raises(UserError, match="choice: there is no PSEUDO folder"):
+        task_of("retrieval", config, pairs=pairs)
 
 
 def test_a_drawing_that_came_as_a_picture_is_used_as_it_is(tmp_path):
