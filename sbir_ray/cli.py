@@ -27,6 +27,7 @@ from sbir_ray.cli_options import (
     with_settings,
 )
 from sbir_ray.errors import SbirError, UserError
+from sbir_ray.pseudo_cli import pseudo
 from sbir_ray.study_cli import study
 from sbir_ray.train_cli import train
 from sbir_ray.tune_cli import tune
@@ -391,6 +392,7 @@ def report(run: Path, as_json: bool) -> None:
     show({"report": str(page)}, as_json, str(page))
 
 
+cli.add_command(pseudo)
 cli.add_command(train)
 cli.add_command(study)
 cli.add_command(tune)

@@ -71,6 +71,7 @@ NAMES: dict[type[Any], str] = {
     settings.GeneratorTraining: "generator",
     settings.IngestConfig: "ingest",
     settings.SketchConfig: "sketch",
+    settings.ChoiceConfig: "choice",
     settings.JointTraining: "joint",
 }
 

@@ -29,10 +29,13 @@ SCHEMA_VERSION = 1
 C = TypeVar("C")
 
 
-def load(cls: type[C], file: str | Path | None = None, sets: Sequence[str] = ()) -> C:
+def load(
+    cls: type[C], file: str | Path | None = None, sets: Sequence[str] = (), base: C | None = None
+) -> C:
     """The configuration of type ``cls`` from defaults, a TOML file and ``key=value`` settings.
 
-    Later ones win. Keys of nested settings are dotted: ``optim.lr=1e-4``.
+    Later ones win; ``base`` takes the place of the defaults. Keys of nested settings are dotted:
+    ``optim.lr=1e-4``.
 
     Raises:
         UserError: an unknown key (the nearest known one is named), a value of the wrong type or
@@ -52,6 +55,8 @@ def load(cls: type[C], file: str | Path | None = None, sets: Sequence[str] = ())
         if not equals or not key:
             raise UserError(f"--set {setting}: write it as key=value, for example optim.lr=1e-4")
         _place(values, key.strip(), _parse(text.strip()), setting)
+    if base is not None:
+        values = _merge(to_dict(base), values)
     return from_dict(cls, values, where=str(file) if file is not None else "")
 
 

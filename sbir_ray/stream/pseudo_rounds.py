@@ -32,6 +32,7 @@ from sbir_ray.stream.pseudo_store import (
     parts_of,
     read_header,
     round_folder,
+    rounds_of,
 )
 from sbir_ray.stream.sketch_blocks import numbers_of, photo_ids, shards_of
 
@@ -229,6 +230,23 @@ def open_round(writer: Writer, request: dict[str, Any], photos: Path) -> Round:
         there = numbers_of(photo_ids(shards_of(photos)))
         absent = sorted(itertools.compress(names, ~np.isin(drawn, there)))
     return Round(out, number, request, [*listed, *kept], absent, drawn, resumes)
+
+
+def forget_old(out: Path) -> list[int]:
+    """Remove the rounds that the newest one does not use; their numbers.
+
+    Raises:
+        UserError, DamagedError: as ``read_header``.
+    """
+    header = read_header(out)
+    used = rounds_of(out, header)
+    old = [entry["round"] for entry in header.get("rounds", []) if entry["round"] not in used]
+    if old:
+        left = [entry for entry in header["rounds"] if entry["round"] in used]
+        write_json_atomic(out / HEADER, {**header, "rounds": left})
+    for number in old:
+        remove_tree(round_folder(out, number))
+    return old
 
 
 def reference_of(out: Path, photos: Path) -> pa.Table:

@@ -198,6 +198,7 @@ def _request(
 ) -> dict[str, Any]:
     """What the drawings of a round depend on, as two digests, and what its blocks do."""
     store = (photos / "store.json").read_bytes()
+    files = [(file.name, count_rows(file)) for file in shards_of(photos)]
     pictures = json.loads(store).get("settings", {})
     settings = {
         "seed": config.seed,
@@ -212,7 +213,7 @@ def _request(
         "generator_version": author.version,
         "generator_digest": author.digest,
         "settings_digest": digest(settings),
-        "store": hashlib.sha256(store).hexdigest(),
+        "store": hashlib.sha256(store + repr(files).encode()).hexdigest(),
         "batch_size": config.batch_size,
     }
 

@@ -3,8 +3,6 @@
 import collections
 import dataclasses
 import io
-import os
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,62 +12,25 @@ from ray import cloudpickle
 
 from sbir_ray.config import FilterConfig, SketchConfig
 from sbir_ray.data import photos
-from sbir_ray.data.strokes import canonical, unflatten
+from sbir_ray.data.strokes import unflatten
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.runlog import Ledger, Progress
 from sbir_ray.stream.filters import RankerSpec, reference_photos
 from sbir_ray.stream.ingest import ingest
 from sbir_ray.stream.pseudo_store import PseudoSet, iter_rows, read_header
 from sbir_ray.stream.sketch_blocks import plan_blocks
-from sbir_ray.stream.sketchers import Drawn, SketcherSpec, row_seed
+from sbir_ray.stream.sketchers import row_seed
 from sbir_ray.stream.sketching import sketch
 from sbir_ray.train.job import Job
 from sbir_ray.train.launch import train
+from tests import fake_sketcher
+from tests.fake_sketcher import FakeSpec, aligned
 from tests.tiny import photo, retrieval_config, tiny_pairs
 
-# Workers cannot import this file.
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
+# Workers cannot import it.
+cloudpickle.register_pickle_by_value(fake_sketcher)
 
 PHOTOS = 21
-
-
-class Fake:
-    """Draws as many points as the seed says; on photos that look like one of ``plans``, worse."""
-
-    name, version, digest, image_size = "fake", 3, "f00d", 32
-    generative = judged = True
-
-    def __init__(self, plans):
-        self.config = {}
-        self.plans = plans
-
-    def draw(self, photos_BHW3, seeds):
-        each = len(seeds) // len(photos_BHW3)
-        return [self._one(photos_BHW3[i // each], seed) for i, seed in enumerate(seeds)]
-
-    def _one(self, rgb, seed):
-        plan = self.plans.get(rgb.tobytes(), "draw")
-        if plan == "raise":
-            raise ArithmeticError("no\nsketch")
-        if plan == "die":
-            os._exit(1)
-        if plan == "nothing":
-            return Drawn([])
-        rng = np.random.default_rng(seed)
-        strokes = canonical([rng.random((4 + seed % 9, 2)) for _ in range(1 + seed % 3)])
-        return Drawn(strokes, float(np.float32(rng.random())), -float(rng.random()))
-
-
-@dataclasses.dataclass(frozen=True)
-class FakeSpec(SketcherSpec):
-    plans: tuple[tuple[bytes, str], ...] = ()
-
-    def make(self):
-        return Fake(dict(self.plans))
-
-
-def aligned(number):
-    return photos.align(photos.decode_stored(photos.encode_jpeg(photo(number))), 32).tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +57,9 @@ def test_the_same_rows_come_from_any_batches_and_actors(tmp_path, store):
         batch_size=2,
         filters=FilterConfig(min_certainty=0.3),
     )
-    one = sketch(store, tmp_path / "one", FakeSpec("fake"), config, actors=(1, 1))
+    one = sketch(store, tmp_path / "one", FakeSpec(), config, actors=(1, 1))
     other = dataclasses.replace(config, batch_size=5)
-    two = sketch(store, tmp_path / "two", FakeSpec("fake"), other, actors=(2, 2))
+    two = sketch(store, tmp_path / "two", FakeSpec(), other, actors=(2, 2))
     assert one == two
     rows = rows_of(tmp_path / "one")
     assert len(rows) == 2 * PHOTOS
@@ -127,7 +88,7 @@ def test_the_same_rows_come_from_any_batches_and_actors(tmp_path, store):
 
 def test_the_best_of_several_drawings_is_kept_and_all_are_stored(tmp_path, store, teachers):
     config = SketchConfig(samples=3, batch_size=4, filters=FilterConfig(min_certainty=0.3))
-    by = FakeSpec("fake", plans=((aligned(3), "raise"), (aligned(7), "nothing")))
+    by = FakeSpec(plans=((aligned(3), "raise"), (aligned(7), "nothing")))
     ledger = sketch(store, tmp_path / "best", by, config, teacher=teachers[0])
     assert ledger.total == 3 * PHOTOS
     assert ledger.by_reason["failed"] == {"error-ArithmeticError": 3, "nothing-to-draw": 3}
@@ -157,7 +118,7 @@ def test_the_best_of_several_drawings_is_kept_and_all_are_stored(tmp_path, store
 
 def test_photos_that_fail_are_accounted_for_and_do_not_touch_the_others(tmp_path, store):
     plans = ((aligned(3), "raise"), (aligned(7), "nothing"), (aligned(12), "die"))
-    spec = FakeSpec("fake", plans=plans)
+    spec = FakeSpec(plans=plans)
     ledger = sketch(store, tmp_path / "bad", spec, SketchConfig(batch_size=4), actors=(1, 1))
     assert ledger.by_reason["failed"] == {
         "error-ArithmeticError": 1,
@@ -167,7 +128,7 @@ def test_photos_that_fail_are_accounted_for_and_do_not_touch_the_others(tmp_path
     assert (ledger.total, ledger.count("kept")) == (PHOTOS, PHOTOS - 3)
     header = read_header(tmp_path / "bad")
     assert Ledger.from_json("pseudo", header["ledger"], "pseudo.json") == ledger
-    good = sketch(store, tmp_path / "good", FakeSpec("fake"), SketchConfig(batch_size=4))
+    good = sketch(store, tmp_path / "good", FakeSpec(), SketchConfig(batch_size=4))
     assert good.count("kept") == PHOTOS
     expected = rows_of(tmp_path / "good")
     for key, row in rows_of(tmp_path / "bad").items():
@@ -195,15 +156,16 @@ def identity(file):
 def test_a_stopped_run_draws_only_what_is_left(tmp_path, store):
     out, config = tmp_path / "out", SketchConfig(batch_size=4)
     with pytest.raises(KeyboardInterrupt):
-        sketch(store, out, FakeSpec("fake"), config, actors=(1, 1), progress=Stopped)
-    assert not out.exists()
-    first = {f.name: identity(f) for f in tmp_path.glob("out.partial/round-0000/part-*")}
+        sketch(store, out, FakeSpec(), config, actors=(1, 1), progress=Stopped)
+    with pytest.raises(UserError, match="not a folder of pseudo pairs"):
+        read_header(out)
+    first = {f.name: identity(f) for f in out.glob("round-0000/part-*")}
     assert first
     # What was half written must go, and be drawn again.
-    half = next(tmp_path.glob("out.partial/round-0000/part-*"))
+    half = next(out.glob("round-0000/part-*"))
     pq.write_table(pq.read_table(half).slice(1), half)
 
-    ledger = sketch(store, out, FakeSpec("fake"), config, actors=(1, 1))
+    ledger = sketch(store, out, FakeSpec(), config, actors=(1, 1))
 
     ledger.check()
     assert ledger.count("kept") == PHOTOS
@@ -219,10 +181,10 @@ def test_a_sketcher_that_fails_on_everything_stops_the_run(tmp_path, store):
     with pytest.raises(
         SbirError, match="drawings failed, most often by ArithmeticError: no sketch"
     ):
-        sketch(store, tmp_path / "out", FakeSpec("fake", plans=plans))
-    assert not (tmp_path / "out").exists()
+        sketch(store, tmp_path / "out", FakeSpec(plans=plans))
+    assert not (tmp_path / "out" / "pseudo.json").exists()
     # Once its fault is mended, no photo is counted as failed for it.
-    assert sketch(store, tmp_path / "out", FakeSpec("fake")).count("kept") == PHOTOS
+    assert sketch(store, tmp_path / "out", FakeSpec()).count("kept") == PHOTOS
 
 
 @pytest.mark.parametrize(
@@ -264,7 +226,7 @@ def teachers(tmp_path_factory):
 
 def test_a_teacher_leaves_out_drawings_whose_photo_it_ranks_behind(tmp_path, store, teachers):
     config = SketchConfig(batch_size=2, filters=FilterConfig(min_certainty=0.2, max_rank=9))
-    by, teacher = FakeSpec("fake"), teachers[0]
+    by, teacher = FakeSpec(), teachers[0]
     ledger = sketch(store, tmp_path / "one", by, config, teacher=teacher, actors=(1, 1))
     rows = rows_of(tmp_path / "one")
 
@@ -292,7 +254,8 @@ def test_a_teacher_leaves_out_drawings_whose_photo_it_ranks_behind(tmp_path, sto
     assert set(reasons) == {"min_certainty", "max_rank"}
     header = read_header(tmp_path / "one")
     assert header["teacher_digest"] == spec.digest
-    assert {entry.name for entry in (tmp_path / "one").iterdir()} == {"pseudo.json", "round-0000"}
+    left = {entry.name for entry in (tmp_path / "one").iterdir() if entry.name[0] != "."}
+    assert left == {"pseudo.json", "round-0000"}
 
     other = dataclasses.replace(config, batch_size=5)
     sketch(store, tmp_path / "two", by, other, teacher=teacher, actors=(2, 2))
@@ -303,11 +266,11 @@ def test_what_was_ranked_by_another_teacher_is_drawn_again(tmp_path, store, teac
     out, config = tmp_path / "out", SketchConfig(batch_size=4, filters=FilterConfig(max_rank=9))
     how = {"config": config, "actors": (1, 1)}
     with pytest.raises(KeyboardInterrupt):
-        sketch(store, out, FakeSpec("fake"), teacher=teachers[0], progress=Stopped, **how)
-    parts = tmp_path.glob("out.partial/round-0000/part-*")
+        sketch(store, out, FakeSpec(), teacher=teachers[0], progress=Stopped, **how)
+    parts = out.glob("round-0000/part-*")
     first = {(file.name, identity(file)) for file in parts}
     assert first
-    sketch(store, out, FakeSpec("fake"), teacher=teachers[1], **how)
+    sketch(store, out, FakeSpec(), teacher=teachers[1], **how)
     final = {(file.name, identity(file)) for file in out.glob("round-0000/part-*")}
     assert not first & final
     assert {name for name, _ in first} <= {name for name, _ in final}

@@ -1,0 +1,200 @@
+"""Rounds of pseudo pairs: only what changes is drawn, jobs share one, one run at a time."""
+
+import pytest
+from pyarrow import parquet
+
+from sbir_ray.config import FilterConfig, SketchConfig
+from sbir_ray.errors import UserError
+from sbir_ray.runlog import write_json_atomic
+from sbir_ray.stream import sketching
+from sbir_ray.stream.pseudo_rounds import forget_old, read_shard, writing
+from sbir_ray.stream.pseudo_store import iter_rows, read_header
+from sbir_ray.stream.sketch_actor import SketchActor, write_rows
+from sbir_ray.stream.sketch_blocks import read_photos
+from sbir_ray.stream.sketching import sketch
+from tests.fake_sketcher import SIDE, FakeSpec
+from tests.tiny_store import tiny_store
+
+CONFIG = SketchConfig(samples=2, temperature=1.0, batch_size=4)
+
+
+def rows_of(out, without=()):
+    """By photo and sample."""
+    return {
+        (row["photo_id"], row["sample"]): {k: v for k, v in row.items() if k not in without}
+        for row in iter_rows(out, kept_only=False)
+    }
+
+
+def drawn(out):
+    """Photos that each round drew."""
+    found = {}
+    for folder in sorted(out.glob("round-*")):
+        files = [parquet.read_table(file, columns=["photo_id"]) for file in folder.glob("part-*")]
+        found[folder.name] = {name for table in files for name in table["photo_id"].to_pylist()}
+    return [found[name] for name in sorted(found)]
+
+
+class Here:
+    """The pipeline's parts one after the other, without Ray."""
+
+    def __init__(self, plan, this, spec, author, ranker, config, actors):
+        self.plan, self.config, self.folder = plan, config, str(this.folder)
+        known = {"settings_digest": this.request["settings_digest"], "round_number": this.number}
+        self.actor = SketchActor(spec, config, self.folder, ranker, **known)
+
+    def iter_batches(self, **_):
+        for block in self.plan:
+            photos = self.actor(read_photos(block.to_table(), [SIDE]))
+            yield write_rows(photos, self.folder, self.config.choice)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(sketching, "_pipeline", Here)
+    monkeypatch.setattr(sketching, "ensure_fits", lambda *_, **__: 2)
+    monkeypatch.setattr(sketching, "quiet_data", lambda: None)
+
+
+def test_a_round_draws_only_what_changes(tmp_path, here):
+    out, few = tmp_path / "out", tiny_store(tmp_path / "few", 9)
+    more = tiny_store(tmp_path / "more", 14, shard=5)
+    first = sketch(few, out, FakeSpec(), CONFIG)
+    assert first.total == 18
+    before = rows_of(out)
+
+    # Nothing, and nothing.
+    assert sketch(few, out, FakeSpec(), CONFIG) == first
+    strict = SketchConfig(
+        samples=2, temperature=1.0, batch_size=4, filters=FilterConfig(min_certainty=0.6)
+    )
+    filtered = sketch(few, out, FakeSpec(), strict)
+    assert filtered.by_reason["filtered"]["min_certainty"] > 0
+    assert len(read_header(out)["rounds"]) == 1
+    assert sketch(few, out, FakeSpec(), CONFIG) == first
+
+    # New photos alone, then all again by another generator, then none by the first one.
+    names = [{f"photo{n:02d}" for n in range(*part)} for part in ((9,), (9, 14), (14,))]
+    ledger = sketch(more, out, FakeSpec(), CONFIG)
+    assert drawn(out) == names[:2]
+    assert ledger.total == 28
+    everything = rows_of(out)
+    assert len(everything) == 28
+    assert {key: everything[key] for key in before} == before
+    other = FakeSpec(version=4, digest="beef")
+    sketch(more, out, other, CONFIG)
+    assert drawn(out) == names
+    assert {row["generator_version"] for row in rows_of(out).values()} == {4}
+    again = sketch(more, out, FakeSpec(), CONFIG)
+    assert drawn(out) == [*names, set()]
+    assert (again, rows_of(out)) == (ledger, everything)
+
+    # Photos that the store has no more; and a folder drawn at once has the same rows.
+    assert sketch(few, out, FakeSpec(), CONFIG) == first
+    assert rows_of(out) == before
+    sketch(more, tmp_path / "once", FakeSpec(), CONFIG)
+    alone = rows_of(tmp_path / "once", without=["round"])
+    assert {k: {**v, "round": 0} for k, v in alone.items()} == {
+        k: {**v, "round": 0} for k, v in everything.items()
+    }
+
+
+def test_other_settings_are_drawn_again_and_named_in_each_row(tmp_path, here):
+    out, store = tmp_path / "out", tiny_store(tmp_path / "store", 5)
+    digests = set()
+    for config in (CONFIG, SketchConfig(seed=1), SketchConfig(temperature=0.5)):
+        sketch(store, out, FakeSpec(), config)
+        digests |= {row["settings_digest"] for row in rows_of(out).values()}
+    assert len(digests) == 3
+    assert [len(names) for names in drawn(out)] == [5, 5, 5]
+
+
+def test_jobs_share_a_round_and_the_last_one_lists_it(tmp_path, here):
+    out, store = tmp_path / "out", tiny_store(tmp_path / "store", 18)
+    alone = sketch(store, tmp_path / "alone", FakeSpec(), CONFIG)
+    parts = [sketch(store, out, FakeSpec(), CONFIG, shard=(part, 3)) for part in (2, 0)]
+    assert not (out / "pseudo.json").exists()
+    assert sum(part.total for part in parts) < 36
+    with pytest.raises(UserError, match="--shard 3/3: write it as i/n, from 0/3 to 2/3"):
+        sketch(store, out, FakeSpec(), CONFIG, shard=(3, 3))
+    assert sketch(store, out, FakeSpec(), CONFIG, shard=(1, 3)) == alone
+    assert rows_of(out) == rows_of(tmp_path / "alone")
+    assert sketch(store, out, FakeSpec(), CONFIG, shard=(2, 3)) == alone
+
+
+def test_photos_drawn_before_a_kill_are_kept_when_the_store_has_grown(tmp_path, here):
+    out, few = tmp_path / "out", tiny_store(tmp_path / "few", 12)
+    sketch(few, out, FakeSpec(), CONFIG, shard=(0, 2))
+    half = drawn(out)[0]
+    assert 0 < len(half) < 12
+    more = tiny_store(tmp_path / "more", 16)
+    ledger = sketch(more, out, FakeSpec(), CONFIG)
+    assert drawn(out) == [half, {f"photo{n:02d}" for n in range(16)} - half]
+    assert ledger.total == len(rows_of(out)) == 32
+    # What another generator left unfinished is of no use.
+    sketch(few, out, FakeSpec(digest="left"), CONFIG, shard=(0, 2))
+    sketch(more, out, FakeSpec(digest="beef"), CONFIG)
+    assert [len(names) for names in drawn(out)] == [len(half), 16 - len(half), 16]
+
+
+def test_a_run_that_another_one_would_disturb_is_refused(tmp_path, here):
+    out, store = tmp_path / "out", tiny_store(tmp_path / "store", 5)
+    with writing(out, (0, 1)):
+        for shard in ((0, 1), (0, 2)):
+            with pytest.raises(UserError, match="out: another run is writing it"):
+                sketch(store, out, FakeSpec(), CONFIG, shard=shard)
+    with writing(out, (0, 2)) as first:
+        # Until it has begun the round.
+        with pytest.raises(UserError, match="another run is writing it"), writing(out, (1, 2)):
+            pass
+        first.share()
+        with writing(out, (1, 2)) as second:
+            assert not second.alone
+        for shard in ((0, 1), (1, 3)):
+            with pytest.raises(UserError, match="another run is writing it"), writing(out, shard):
+                pass
+        with pytest.raises(UserError, match="is writing shard 0/2"), writing(out, (0, 2)):
+            pass
+    with writing(out, (1, 3)) as later:
+        assert later.alone
+
+
+def test_a_shard_does_not_remove_what_another_one_draws(tmp_path, here):
+    out, store = tmp_path / "out", tiny_store(tmp_path / "store", 18)
+    with writing(out, (0, 2)) as first:
+        (out / "round-0000").mkdir()
+        request = {"generator_digest": "other", "settings_digest": "other"}
+        write_json_atomic(out / "round-0000" / "request.json", request)
+        first.share()
+        with pytest.raises(UserError, match="another shard is drawing other photos"):
+            sketch(store, out, FakeSpec(), CONFIG, shard=(1, 2))
+    sketch(store, out, FakeSpec(), CONFIG, shard=(1, 2))
+    assert len(list((out / "round-0000").glob("part-*"))) > 0
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path, here):
+    store = tiny_store(tmp_path / "store", 5)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"store: holds something else \(.*choose another folder"):
+        sketch(store, store, FakeSpec(), CONFIG)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_rounds_that_are_not_used_can_be_removed(tmp_path, here):
+    out, store = tmp_path / "out", tiny_store(tmp_path / "store", 5)
+    sketch(store, out, FakeSpec(), CONFIG)
+    sketch(store, out, FakeSpec(digest="beef"), CONFIG)
+    rows = rows_of(out)
+    assert forget_old(out) == [0]
+    assert not (out / "round-0000").exists()
+    assert rows_of(out) == rows
+    assert forget_old(out) == []
+    sketch(store, out, FakeSpec(), CONFIG)
+    assert [entry["round"] for entry in read_header(out)["rounds"]] == [1, 2]
+
+
+def test_how_a_shard_is_written():
+    assert read_shard("0/4") == (0, 4)
+    for text in ("1", "a/b", "1/", "-1/3"):
+        with pytest.raises(UserError, match="write it as i/n"):
+            read_shard(text)
