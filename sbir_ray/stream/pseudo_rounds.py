@@ -190,7 +190,17 @@ class Round:
     def finish(self, header: dict[str, Any]) -> None:
         """List it: from now on it is the newest."""
         write_json_atomic(self.out / HEADER, {**header, "rounds": [*self.before, self.entry]})
-        remove_tree(self.folder / ATTEMPTS)
+        tidy(self.out)
+
+
+def tidy(out: Path) -> None:
+    """Remove what the making of rounds leaves, and what was half written when a process ended."""
+    for entry in _listed(out):
+        folder = round_folder(out, entry["round"])
+        remove_tree(folder / ATTEMPTS)
+        if is_local(out):
+            for file in (*folder.glob(".*"), *out.glob(f".{HEADER}.*")):
+                file.unlink()
 
 
 def open_round(writer: Writer, request: dict[str, Any], photos: Path) -> Round:

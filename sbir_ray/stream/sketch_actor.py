@@ -219,7 +219,8 @@ def write_rows(photos: pa.Table, target: str, choice: ChoiceConfig) -> pa.Table:
             compression="zstd",
             dictionary_pagesize_limit=_DICTIONARY,
         )
-    return _rows_of(photos).select(["status", "reason", "detail"])
+    fates = pc.list_flatten(photos["drawings"].combine_chunks())
+    return pa.table({name: pc.struct_field(fates, name) for name in ("status", "reason", "detail")})
 
 
 def _rows_of(photos: pa.Table) -> pa.Table:

@@ -35,6 +35,7 @@ from sbir_ray.stream.pseudo_rounds import (
     Round,
     open_round,
     reference_of,
+    tidy,
     writing,
 )
 from sbir_ray.stream.pseudo_store import HEADER, account, read_header, refilter
@@ -145,6 +146,7 @@ def sketch(
         this = open_round(writer, request, photos)
         plan = plan_blocks(photos, config.batch_size, this.drawn)
         if not plan and not this.changes:
+            tidy(out)
             return refilter(out, config.choice)
         this.begin(reference)
         writer.share()

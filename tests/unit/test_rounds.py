@@ -1,5 +1,11 @@
 """Rounds of pseudo pairs: only what changes is drawn, jobs share one, one run at a time."""
 
+import itertools
+import os
+import shutil
+import signal
+from functools import partial
+
 import pytest
 from pyarrow import parquet
 
@@ -135,6 +141,54 @@ def test_photos_drawn_before_a_kill_are_kept_when_the_store_has_grown(tmp_path, 
     sketch(few, out, FakeSpec(digest="left"), CONFIG, shard=(0, 2))
     sketch(more, out, FakeSpec(digest="beef"), CONFIG)
     assert [len(names) for names in drawn(out)] == [len(half), 16 - len(half), 16]
+
+
+def killed_at(point, work):
+    """Do ``work`` in a process that is killed when it is about to flush, rename or remove for the
+    ``point``-th time; whether it came so far."""
+    child = os.fork()
+    if not child:
+        left = itertools.count(point, -1)
+
+        def counted(do):
+            def maybe(*args, **named):
+                if next(left) == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return do(*args, **named)
+
+            return maybe
+
+        for module, name in ((os, "fsync"), (os, "replace"), (shutil, "rmtree")):
+            setattr(module, name, counted(getattr(module, name)))
+        try:
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def test_killed_anywhere_the_same_call_ends_with_the_same_rows(tmp_path, here):
+    few, more = tiny_store(tmp_path / "few", 3), tiny_store(tmp_path / "more", 11)
+
+    def second(out):
+        return sketch(more, out, FakeSpec(), CONFIG)
+
+    sketch(few, tmp_path / "before", FakeSpec(), CONFIG)
+    shutil.copytree(tmp_path / "before", tmp_path / "calm")
+    ledger = second(tmp_path / "calm")
+    expected = rows_of(tmp_path / "calm")
+    files = {file.relative_to(tmp_path / "calm") for file in (tmp_path / "calm").rglob("*")}
+    for point in range(100):
+        out = tmp_path / f"out{point}"
+        shutil.copytree(tmp_path / "before", out)
+        if not killed_at(point, partial(second, out)):
+            break
+        assert second(out) == ledger
+        assert rows_of(out) == expected
+        assert len(list(iter_rows(out, kept_only=False))) == 22
+        assert {file.relative_to(out) for file in out.rglob("*")} == files
+    assert point > 10
 
 
 def test_a_run_that_another_one_would_disturb_is_refused(tmp_path, here):
