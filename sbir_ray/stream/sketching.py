@@ -25,6 +25,7 @@ from sbir_ray.errors import SbirError, UserError
 from sbir_ray.places import count_rows, place, read_table
 from sbir_ray.runlog import Ledger, Progress, versions
 from sbir_ray.stream.cluster import ensure_fits, quiet_data
+from sbir_ray.stream.disk import disk_told
 from sbir_ray.stream.filters import (
     RankerSpec,
     refuse_rank_above_all,
@@ -99,7 +100,7 @@ def sketch(
 
     Raises:
         UserError: the store, the sketcher or the teacher cannot be used, settings without effect,
-            the actors do not fit into the cluster, another run writes ``out``.
+            the actors do not fit into the cluster, another run writes ``out``, its disk is full.
         SbirError: more than :data:`MAX_ERRORS` of the rows fail by an error.
     """
     config = config or SketchConfig()
@@ -140,7 +141,7 @@ def sketch(
     room = ensure_fits(cpus_per_actor, gpus_per_actor, least, what="--actors", spare_cpus=1.0)
     # All at once: Ray Data would add them one by one, each after some seconds.
     pool = ActorPoolStrategy(min_size=least, max_size=most, initial_size=min(most, room))
-    with writing(out, shard) as writer:
+    with disk_told(out), writing(out, shard) as writer:
         reference = reference_of(out, photos) if ranker else None
         request = _request(photos, author, ranker, reference, config)
         this = open_round(writer, request, photos)

@@ -1,5 +1,6 @@
 """Rounds of pseudo pairs: only what changes is drawn, jobs share one, one run at a time."""
 
+import errno
 import itertools
 import os
 import shutil
@@ -189,6 +190,36 @@ def test_killed_anywhere_the_same_call_ends_with_the_same_rows(tmp_path, here):
         assert len(list(iter_rows(out, kept_only=False))) == 22
         assert {file.relative_to(out) for file in out.rglob("*")} == files
     assert point > 10
+
+
+def test_a_disk_that_is_full_at_any_write_is_told_and_the_folder_still_loads(
+    tmp_path, here, monkeypatch
+):
+    few, more = tiny_store(tmp_path / "few", 3), tiny_store(tmp_path / "more", 11)
+    sketch(few, tmp_path / "before", FakeSpec(), CONFIG)
+    before, sync = rows_of(tmp_path / "before"), os.fsync
+    errors: list[str] = []
+    for point in range(100):
+        out = tmp_path / f"out{point}"
+        shutil.copytree(tmp_path / "before", out)
+        left = itertools.count(point, -1)
+
+        def full(handle, left=left):
+            if next(left) == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            sync(handle)
+
+        monkeypatch.setattr(os, "fsync", full)
+        try:
+            sketch(more, out, FakeSpec(), CONFIG)
+        except UserError as error:
+            errors.append(str(error))
+        if len(errors) == point:
+            break
+        listed = len(read_header(out)["rounds"])
+        assert rows_of(out) == before if listed == 1 else len(rows_of(out)) == 22
+        assert "cannot be written (No space left on device); make room" in errors[-1]
+    assert len(errors) > 5
 
 
 def test_a_run_that_another_one_would_disturb_is_refused(tmp_path, here):
