@@ -455,6 +455,8 @@ class JointTraining:
                 raise ValueError(f"{name}.seed: all parts take the run's seed; set seed instead")
         if self.retrieval.filters != FilterConfig():
             raise ValueError("retrieval.filters: are those of a PSEUDO folder; set filters instead")
+        if self.retrieval.samples:
+            raise ValueError("retrieval.samples: are those of a PSEUDO folder; leave it at 0")
 
 
 def _at_least(name: str, value: float, least: float) -> None:

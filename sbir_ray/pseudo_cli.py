@@ -121,11 +121,16 @@ def prune(
     Example: sbir-ray pseudo prune pseudo --set filters.min_certainty=0.3 --set filters.max_rank=20
     """
     from sbir_ray.stream.pseudo_rounds import forget_old, writing
-    from sbir_ray.stream.pseudo_store import account, read_header, refilter, refuse_choice
+    from sbir_ray.stream.pseudo_store import (
+        account,
+        choice_of,
+        read_header,
+        refilter,
+        refuse_choice,
+    )
 
     header = read_header(folder)
-    base = strict.from_dict(settings.ChoiceConfig, header.get("choice", {}))
-    choice = strict.load(settings.ChoiceConfig, config_file, sets, base)
+    choice = strict.load(settings.ChoiceConfig, config_file, sets, choice_of(header))
     result: dict[str, Any] = {"choice": strict.to_dict(choice)}
     lines = []
     if dry_run:

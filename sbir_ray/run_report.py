@@ -11,7 +11,7 @@ from typing import Any
 from sbir_ray import joint_report, report
 from sbir_ray.assess import pseudo_ranks
 from sbir_ray.certainty import certainty_deciles, pick_evenly
-from sbir_ray.config import ChoiceConfig
+from sbir_ray.config import ChoiceConfig, RetrievalTraining
 from sbir_ray.data.pairs import PairSet
 from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.errors import DamagedError, UserError
@@ -22,6 +22,7 @@ from sbir_ray.runs import DISCRIMINATOR, JOINT, read_run, retrieval_config
 from sbir_ray.stream import pseudo_store
 from sbir_ray.stream.pseudo_store import PseudoSet
 from sbir_ray.strict import from_dict
+from sbir_ray.train.thresholds import choice_for
 
 Lines = Sequence[Mapping[str, Any]]
 Panels = Sequence[tuple[str, str, Mapping[str, str]]]
@@ -124,8 +125,8 @@ def run_report(run: Path) -> ReportData:
         folder = record["inputs"].get("pseudo")
         if folder and place(folder).exists():
             teacher = record["inputs"].get("teacher")
-            found = record["config"].get("choice")
-            choice = from_dict(ChoiceConfig, found) if found else None
+            training = from_dict(RetrievalTraining, record["config"], str(run))
+            choice = choice_for(place(folder), training)
             data = replace(data, **pseudo_sections(place(folder), size, teacher, choice))
     return data
 

@@ -92,9 +92,6 @@ def _toml(config: Any, path: str, lines: list[str]) -> None:
         if dataclasses.is_dataclass(value):
             nested.append((f"{path}{f.name}", value))
             continue
-        if value is None:  # which TOML cannot say: by being left out
-            lines += [f"# {line}" for line in [f"{f.name}: not set", *notes.get(f.name, [])]]
-            continue
         lines += [f"# {line}" for line in notes.get(f.name, [])]
         lines.append(f"{f.name} = {json.dumps(value)}")
     for name, value in nested:
@@ -154,13 +151,11 @@ def _build(cls: type[Any], values: Mapping[str, Any], path: str, where: str) -> 
         if key not in names:
             raise UserError(_prefix(where) + _unknown(cls, dotted, key, names))
         hint = hints[key]
-        table = _table_of(hint)
-        if table is not None and (value is not None or table is hint):
-            hint = table
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             if not isinstance(value, Mapping):
                 raise UserError(f"{_prefix(where)}{dotted}: is a table, not {value!r}")
             default = _default_of(cls, key)
-            merged = _merge(to_dict(hint() if default is None else default), value)
+            merged = _merge(to_dict(default), value)
             built[key] = _build(hint, merged, f"{dotted}.", where)
         else:
             built[key] = _typed(hint, value, dotted, where)
@@ -168,14 +163,6 @@ def _build(cls: type[Any], values: Mapping[str, Any], path: str, where: str) -> 
         return cls(**built)
     except ValueError as error:
         raise UserError(f"{_prefix(where)}{path}{error}") from error
-
-
-def _table_of(hint: Any) -> type[Any] | None:
-    """The settings class of a field that is one, or may be one or None."""
-    for option in (hint, *typing.get_args(hint)):
-        if dataclasses.is_dataclass(option) and isinstance(option, type):
-            return option
-    return None
 
 
 def _default_of(cls: type[Any], name: str) -> Any:
@@ -212,10 +199,11 @@ def _typed(hint: Any, value: Any, dotted: str, where: str) -> Any:
             return value
         raise UserError(f"{_prefix(where)}{dotted}: {value!r} is not one of {', '.join(choices)}")
     if origin in (types.UnionType, typing.Union):
-        options = [option for option in typing.get_args(hint) if option is not type(None)]
-        if value is None and len(options) < len(typing.get_args(hint)):
-            return None
-        return _typed(options[0], value, dotted, where)
+        for option in typing.get_args(hint):
+            if option is type(None) and value is None:
+                return None
+            if option is not type(None):
+                return _typed(option, value, dotted, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is str and not isinstance(value, str) and not isinstance(value, bool):

@@ -103,6 +103,16 @@ def read_header(folder: str | Path) -> dict[str, Any]:
     return header
 
 
+def choice_of(header: dict[str, Any]) -> ChoiceConfig:
+    """The choice in force; for a folder of an earlier version, the one it was drawn with."""
+    if "choice" in header:
+        return from_dict(ChoiceConfig, header["choice"])
+    settings = header.get("settings", {})
+    found = {name: settings[name] for name in ("keep", "filters") if name in settings}
+    # The first versions kept all.
+    return from_dict(ChoiceConfig, {"keep": "all", **found})
+
+
 def rounds_of(folder: Path, header: dict[str, Any]) -> list[int]:
     """Numbers of the rounds whose drawings the newest one is seen to hold, itself the last."""
     if "rounds" not in header:  # of an earlier version, which had one
@@ -164,7 +174,7 @@ def view(
 ) -> Iterator[dict[str, Any]]:
     """:func:`iter_rows` by a header that need not be written yet."""
     if choice is None and "choice" in header:
-        choice = from_dict(ChoiceConfig, header["choice"])
+        choice = choice_of(header)
     names = list(columns or PSEUDO_SCHEMA.names)
     numbers = rounds_of(folder, header)
     absent = absent_of(round_folder(folder, numbers[-1]))

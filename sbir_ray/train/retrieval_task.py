@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sbir_ray.config import RetrievalTraining
+from sbir_ray.config import FilterConfig, RetrievalTraining
 from sbir_ray.data.pairs import PairSet
 from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.errors import UserError
@@ -29,7 +29,7 @@ from sbir_ray.train import batch_rows
 from sbir_ray.train.job import Job, OnePlayer, Player, divisible, held_out
 from sbir_ray.train.position import Stream, group, rng_of
 from sbir_ray.train.ranks import Ranks
-from sbir_ray.train.thresholds import chosen_pairs
+from sbir_ray.train.thresholds import choice_for
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class RetrievalTask(OnePlayer):
             divisible("pseudo_share x optim.batch_size", self.pseudo_count, ranks)
             self.drawings_of = group(self.pseudo.photo_of, len(self.pseudo.photo_ids))
             self.pseudo_stream = Stream(len(self.drawings_of), self.config.seed, "pseudo")
-        elif self.config.choice is not None:
-            raise UserError("choice: there is no PSEUDO folder to choose from; leave it out")
+        elif self.config.samples or self.config.filters != FilterConfig():
+            raise UserError("filters and samples: there is no PSEUDO folder; leave them out")
         self.negatives: PhotoSet | None = None
         if "negatives" in job.inputs and self.config.negatives:
             self.negatives = PhotoSet.load(place(job.inputs["negatives"]), size)

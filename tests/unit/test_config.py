@@ -13,7 +13,7 @@ from sbir_ray.config import (
     RetrievalTraining,
 )
 from sbir_ray.errors import UserError
-from sbir_ray.strict import check_schema, digest, from_dict, load, to_dict, to_toml
+from sbir_ray.strict import check_schema, digest, from_dict, load, to_dict
 
 
 def test_defaults_survive_the_way_through_plain_values():
@@ -92,20 +92,7 @@ def test_every_recipe_loads(file):
     assert load(cls, file) != cls()
 
 
-def test_a_table_that_may_be_left_out_is_made_by_setting_one_of_its_values():
-    assert load(RetrievalTraining).choice is None
-    made = load(RetrievalTraining, None, ["choice.filters.min_certainty=0.5"])
-    assert made.choice == ChoiceConfig(filters=FilterConfig(min_certainty=0.5))
-    assert from_dict(RetrievalTraining, to_dict(made)) == made
-    assert load(RetrievalTraining, None, ["choice.samples=2"]).choice.samples == 2
-    with pytest.raises(UserError, match="choice: is a table"):
-        load(RetrievalTraining, None, ["choice=3"])
-    with pytest.raises(UserError, match=r"choice\.filters\.min_certain"):
-        load(RetrievalTraining, None, ["choice.filters.min_certain=0.5"])
-
-
-def test_what_is_not_set_is_told_in_the_settings_file(tmp_path):
-    text = to_toml(RetrievalTraining())
-    assert "# choice: not set\n" in text
-    (tmp_path / "c.toml").write_text(text)
-    assert load(RetrievalTraining, tmp_path / "c.toml") == RetrievalTraining()
+def test_a_base_takes_the_place_of_the_defaults():
+    base = load(ChoiceConfig, None, ["filters.min_certainty=0.5", "keep=all"])
+    found = load(ChoiceConfig, None, ["filters.max_rank=3"], base)
+    assert found == ChoiceConfig(keep="all", filters=FilterConfig(min_certainty=0.5, max_rank=3))

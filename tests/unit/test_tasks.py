@@ -134,15 +134,14 @@ def test_a_store_without_a_kept_pseudo_pair_is_refused(tmp_path, pairs):
 def test_other_drawings_are_chosen_without_drawing_again(tmp_path, pairs):
     sure = [0.1, 0.2, 0.3, 0.4, 0.5]
     folder = pseudo_folder(tmp_path / "pseudo", sure, choice=ChoiceConfig())
-    choice = ChoiceConfig(filters=FilterConfig(min_certainty=0.35))
-    config = retrieval_config(choice=choice)
+    config = retrieval_config(filters=FilterConfig(min_certainty=0.35))
     task = task_of("retrieval", config, pairs=pairs, pseudo=folder)
     assert task.pseudo.photo_ids == [f"{i:064d}" for i in (3, 4)]
     assert (
         len(task_of("retrieval", retrieval_config(), pairs=pairs, pseudo=folder).pseudo.photo_ids)
         == 5
     )
-    with pytest.raises(UserError, match="choice: there is no PSEUDO folder"):
+    with pytest.raises(UserError, match="filters and samples: there is no PSEUDO folder"):
         task_of("retrieval", config, pairs=pairs)
 
 

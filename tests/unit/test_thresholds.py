@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sbir_ray.config import FilterConfig, SketchConfig
+from sbir_ray.config import FilterConfig, RetrievalTraining, SketchConfig
 from sbir_ray.data import photos
 from sbir_ray.data.strokes import flatten
 from sbir_ray.errors import UserError
@@ -16,7 +16,7 @@ from sbir_ray.stream.filters import choose
 from sbir_ray.stream.pseudo_store import PSEUDO_SCHEMA, PseudoSet
 from sbir_ray.stream.sketchers import Drawn
 from sbir_ray.strict import SCHEMA_VERSION, to_dict
-from sbir_ray.train.thresholds import chosen_pairs
+from sbir_ray.train.thresholds import choice_for
 from tests.tiny import photo, sketch
 
 SAMPLES = 2
@@ -73,11 +73,17 @@ def store(folder, ranked=True, filters=None):
         "schema_version": SCHEMA_VERSION,
         "kind": "pseudo",
         "sketcher": "generator",
+        "teacher_digest": "t" if ranked else None,
         "settings": to_dict(settings),
         "ledger": ledger.to_json(),
     }
     (folder / "pseudo.json").write_text(json.dumps(header))
     return folder
+
+
+def chosen_pairs(folder, side, filters, samples=0):
+    config = RetrievalTraining(filters=filters, samples=samples)
+    return PseudoSet.load(folder, side, choice=choice_for(folder, config))
 
 
 def same(a, b):
@@ -109,8 +115,16 @@ def test_other_thresholds_choose_as_if_drawn_with_them(tmp_path, filters):
     same(chosen_pairs(folder, 32, FilterConfig()), PseudoSet.load(folder, 32))
 
 
+def test_fewer_drawings_of_each_photo(tmp_path):
+    folder = store(tmp_path / "pseudo")
+    one = chosen_pairs(folder, 32, FilterConfig(), samples=1)
+    assert one.photo_ids == [f"photo{n}" for n in range(6)]
+    for n, drawn in enumerate(drawn for _, drawn in drawings(True)):
+        assert one.certainty[n] == np.float32(drawn[0].certainty)
+
+
 def test_thresholds_that_leave_nothing_or_cannot_be_asked(tmp_path):
     folder = store(tmp_path / "pseudo", ranked=False)
     assert chosen_pairs(folder, 32, FilterConfig(min_points=390)).photo_ids == []
-    with pytest.raises(UserError, match="no teacher ranked its drawings; sketch with --teacher"):
+    with pytest.raises(UserError, match="max_rank=4: ranks are a teacher's; give --teacher"):
         chosen_pairs(folder, 32, FilterConfig(max_rank=4))
