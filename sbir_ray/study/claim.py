@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sbir_ray.errors import UserError
+from sbir_ray.places import is_local
 from sbir_ray.runlog import write_json_atomic
 from sbir_ray.strict import SCHEMA_VERSION, check_schema
 
@@ -28,8 +29,14 @@ def claimed(
         files: written beside it at the first time, text by name.
 
     Raises:
-        UserError: another process has it, it holds something else, or another request's work.
+        UserError: another process has it, it holds something else or another request's work, or it
+            is in an object store.
     """
+    if not is_local(out):
+        raise UserError(
+            f"{out}: a {what} is written by locks and renames, which object stores lack; choose an "
+            "--out in a file system that all nodes share"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as lock:
         try:

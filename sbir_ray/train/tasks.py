@@ -11,6 +11,7 @@ import torch
 
 from sbir_ray.config import (
     DiscriminatorConfig,
+    GeneratorConfig,
     GeneratorTraining,
     JointTraining,
     RetrievalConfig,
@@ -93,8 +94,12 @@ def _adopted(config: JointTraining, inputs: Mapping[str, str]) -> JointTraining:
         run = place(inputs["generator"])
         made = generator_training(read_run(run), run)
         plain = GeneratorTraining()
-        _agree(run, "generator.model", generator.model, plain.model, made.model)
-        # How D learns may differ, what it is may not.
+        # How G and D learn may differ, what they are may not.
+        kl = _kl(plain.model)
+        asked, found = (dataclasses.replace(model, **kl) for model in (generator.model, made.model))
+        _agree(run, "generator.model", asked, plain.model, found)
+        changed = {k: v for k, v in _kl(generator.model).items() if v != kl[k]}
+        drawing = dataclasses.replace(made.model, **changed)
         shape = _shape(made.discriminator)
         _agree(
             run,
@@ -104,8 +109,12 @@ def _adopted(config: JointTraining, inputs: Mapping[str, str]) -> JointTraining:
             shape,
         )
         critic = dataclasses.replace(generator.discriminator, **shape)
-        generator = dataclasses.replace(generator, model=made.model, discriminator=critic)
+        generator = dataclasses.replace(generator, model=drawing, discriminator=critic)
     return dataclasses.replace(config, retrieval=retrieval, generator=generator)
+
+
+def _kl(config: GeneratorConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("kl_weight", "kl_start", "kl_decay")}
 
 
 def _shape(config: DiscriminatorConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sbir_ray import plots
 from sbir_ray.tuning.records import DEFAULT
 from sbir_ray.tuning.space import Knob, Value, shown
 
-_TOP, _BOTTOM, _APART, _MARGIN = 40, 270, 150, 70
+_TOP, _BOTTOM, _APART, _MARGIN = 56, 276, 150, 70
 """Of the parallel coordinates, in the SVG's units."""
 
 

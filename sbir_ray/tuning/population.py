@@ -87,6 +87,8 @@ def evolve(
                     # Together, so that accuracies at the same step are compared, however few
                     # trials have room at a time.
                     synch=True,
+                    # What cannot be trained is told without a score.
+                    require_attrs=False,
                     log_config=False,
                 ),
                 max_concurrent_trials=parallel,

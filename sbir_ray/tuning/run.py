@@ -155,9 +155,10 @@ def _shared(
     drawing = GeneratorTraining()
     if isinstance(config, JointTraining):
         drawing = config.generator
-    jobs = generator_jobs(
-        str(out / "generator"), replace(drawing, seed=config.seed), {"pairs": pairs}
-    )
+    seen = {"pairs": pairs}
+    if request.photos is not None:
+        seen["photos"] = str(request.photos.resolve())
+    jobs = generator_jobs(str(out / "generator"), replace(drawing, seed=config.seed), seen)
     if joint:
         assert request.photos is not None
         inputs["photos"] = str(request.photos.resolve())

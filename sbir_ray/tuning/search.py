@@ -297,7 +297,6 @@ class Recorder(tune.Callback):  # type: ignore[misc]
     def __init__(self, steps: int, trials: Trials, count: int, bar: Progress) -> None:
         self.steps, self.trials, self.count, self.bar = steps, trials, count, bar
         self.numbers: dict[str, int] = {}
-        self.show()
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Learn its number."""
@@ -312,7 +311,6 @@ class Recorder(tune.Callback):  # type: ignore[misc]
             found.changes += result.get(CHANGES, [])
             found.evaluations.append({name: result[name] for name in ("step", *METRICS)})
             self.trials.keep(found.number)
-            self.show()
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """It came to its end, was stopped, or cannot be trained."""
@@ -325,7 +323,6 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         else:
             found.status = "done" if found.last_step >= self.steps else "stopped"
         self.trials.keep(found.number)
-        self.show()
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """It failed and is tried again."""
@@ -335,7 +332,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         """It failed for good."""
         self._failed(trial, "failed")
 
-    def show(self) -> None:
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
         """Say how far all are."""
         ended = [trial for trial in self.trials if trial.status != "open"]
         steps = sum(self.steps if t.status != "open" else t.last_step for t in self.trials)
@@ -357,7 +354,6 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         found.status = status
         self._say(found, reason)
         self.trials.keep(found.number)
-        self.show()
 
     def _say(self, found: Trial, reason: str) -> None:
         self.bar.say(f"trial {found.number}: failed: {reason}")

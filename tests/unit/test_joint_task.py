@@ -71,6 +71,11 @@ def test_networks_of_named_runs_are_taken_and_contradictions_are_refused(world):
     (job,) = joint_jobs("out", JointTraining(), world)
     assert job.config.retrieval.model == retrieval_config().model
     assert job.config.generator.model == generator_config().model
+    # How G learns may differ from how it was trained before.
+    heavy = dataclasses.replace(generator_config().model, kl_weight=3.0)
+    asked = joint_config(generator=dataclasses.replace(generator_config(), model=heavy))
+    (job,) = joint_jobs("out", asked, world)
+    assert job.config.generator.model == heavy
     other = dataclasses.replace(
         joint_config(),
         retrieval=retrieval_config(model=dataclasses.replace(retrieval_config().model, grid=1)),
