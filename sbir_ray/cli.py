@@ -26,9 +26,12 @@ from sbir_ray.cli_options import (
     with_ray,
     with_settings,
 )
+from sbir_ray.doctor_cli import doctor
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.pseudo_cli import pseudo
 from sbir_ray.study_cli import study
+from sbir_ray.submit import refuse_other_versions
+from sbir_ray.submit_cli import submit
 from sbir_ray.train_cli import train
 from sbir_ray.tune_cli import tune
 
@@ -36,6 +39,7 @@ from sbir_ray.tune_cli import tune
 def main() -> None:
     """Entry point: every error that a user can act on becomes one line and an exit code."""
     try:
+        refuse_other_versions()
         cli.main(prog_name="sbir-ray", standalone_mode=False)
     except click.exceptions.Abort:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -294,6 +298,7 @@ def sketch(
     actors: tuple[int, int] | None,
     cpus_per_actor: float | None,
     gpus_per_actor: float | None,
+    actor_resource: str,
     address: str | None,
     as_json: bool,
 ) -> None:
@@ -308,6 +313,7 @@ def sketch(
     """
     from sbir_ray.runlog import Progress
     from sbir_ray.stream.cluster import connect
+    from sbir_ray.stream.fit import Group, request_of
     from sbir_ray.stream.pseudo_rounds import read_shard
     from sbir_ray.stream.sketching import sketch as run_sketch
 
@@ -315,7 +321,11 @@ def sketch(
         raise UserError("sketch: give either --generator RUN or --sketcher contours|edges")
     if samples is not None:
         config = dataclasses.replace(config, samples=samples)
-    with connect(address):
+    actors = actors or (1, 2)
+    drawing = Group(
+        "--actors", actors[0], cpus_per_actor or 1.0, gpus_per_actor or 0.0, actor_resource
+    )
+    with connect(address, request=request_of(None, drawing)):
         ledger = run_sketch(
             photos.resolve(),
             out.resolve(),
@@ -323,9 +333,10 @@ def sketch(
             config,
             teacher=teacher,
             shard=read_shard(shard) if shard else (0, 1),
-            actors=actors or (1, 2),
+            actors=actors,
             cpus_per_actor=cpus_per_actor or 1.0,
             gpus_per_actor=gpus_per_actor or 0.0,
+            actor_resource=actor_resource,
             progress=lambda title: Progress(title, unit="drawings"),
         )
     whole = "" if (out / "pseudo.json").exists() else "; the rest is for the other shards"
@@ -393,6 +404,8 @@ def report(run: Path, as_json: bool) -> None:
 
 
 cli.add_command(pseudo)
+cli.add_command(doctor)
+cli.add_command(submit)
 cli.add_command(train)
 cli.add_command(study)
 cli.add_command(tune)

@@ -24,11 +24,14 @@ class Folder(click.ParamType[Path]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """See :func:`sbir_ray.places.place`."""
         found = place(value)
-        reach(found)
+        if ctx is None or not ctx.meta.get(ELSEWHERE):
+            reach(found)
         return found
 
 
 FOLDER = Folder()
+ELSEWHERE = "sbir_ray.elsewhere"
+"""Set in the context of a command that is only read here, and runs on another machine."""
 PAIRS = click.option("--pairs", "pairs_dir", type=FOLDER, required=True, help="PAIRS folder.")
 OUT = click.option("--out", type=FOLDER, required=True, help="Run folder to write or resume.")
 
@@ -121,8 +124,15 @@ class Range(click.ParamType[tuple[int, int]]):
 
 
 def with_actors(command: F) -> F:
-    """``--actors``, ``--cpus-per-actor``, ``--gpus-per-actor``; None where not given."""
+    """``--actors``, ``--cpus-per-actor``, ``--gpus-per-actor``, None where not given, and
+    ``--actor-resource``."""
     for option in (
+        click.option(
+            "--actor-resource",
+            default="",
+            metavar="NAME",
+            help="Draw only on nodes with this custom resource.",
+        ),
         click.option("--gpus-per-actor", type=float, help="May be a fraction."),
         click.option("--cpus-per-actor", type=float, help="1 by default."),
         click.option(
@@ -137,8 +147,14 @@ def with_actors(command: F) -> F:
 
 
 def with_workers(command: F) -> F:
-    """``--workers``, ``--cpus-per-worker``, ``--gpu``, ``--address``."""
+    """``--workers``, ``--cpus-per-worker``, ``--gpu``, ``--worker-resource``, ``--address``."""
     for option in (
+        click.option(
+            "--worker-resource",
+            default="",
+            metavar="NAME",
+            help="Train only on nodes with this custom resource.",
+        ),
         click.option("--gpu", is_flag=True, help="One GPU for each worker."),
         click.option(
             "--cpus-per-worker",

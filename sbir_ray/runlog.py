@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -338,3 +338,26 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def other_versions(theirs: Mapping[str, str], names: Sequence[str] = ()) -> list[str]:
+    """What of ``theirs`` is another version than here, as ``torch 2.9.0, here 2.10.0``.
+
+    Python's patch releases, and builds of one release (+cpu, +cu128), are the same.
+
+    Args:
+        names: what to compare; all that is here by default.
+    """
+    own = versions()
+
+    def same(name: str) -> bool:
+        a, b = theirs.get(name, ""), own.get(name, "")
+        if name == "python":
+            return a.split(".")[:2] == b.split(".")[:2]
+        return a.partition("+")[0] == b.partition("+")[0]
+
+    return [
+        f"{name} {theirs.get(name, 'missing')}, here {own.get(name, 'missing')}"
+        for name in names or own
+        if not same(name)
+    ]

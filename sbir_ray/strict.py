@@ -198,6 +198,9 @@ def _typed(hint: Any, value: Any, dotted: str, where: str) -> Any:
         if value in choices:
             return value
         raise UserError(f"{_prefix(where)}{dotted}: {value!r} is not one of {', '.join(choices)}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        item = typing.get_args(hint)[0]
+        return tuple(_typed(item, one, f"{dotted}[{i}]", where) for i, one in enumerate(value))
     if origin in (types.UnionType, typing.Union):
         for option in typing.get_args(hint):
             if option is type(None) and value is None:

@@ -36,6 +36,7 @@ def _train(
     workers: int,
     gpu: bool,
     cpus_per_worker: float | None,
+    worker_resource: str,
     as_json: bool,
     actors: Any = None,
 ) -> None:
@@ -48,6 +49,7 @@ def _train(
         gpu=gpu,
         cpus_per_worker=cpus_per_worker,
         address=address,
+        worker_resource=worker_resource,
         actors=actors,
         progress=lambda title: Progress(title, unit="steps"),
     )
@@ -178,6 +180,7 @@ def train_joint(
     actors: tuple[int, int] | None,
     cpus_per_actor: float | None,
     gpus_per_actor: float | None,
+    actor_resource: str,
     as_json: bool,
     **ray: Any,
 ) -> None:
@@ -192,10 +195,10 @@ def train_joint(
     if sync:
         stream = dataclasses.replace(config.stream, sync=True)
         config = dataclasses.replace(config, stream=stream)
-    if config.stream.sync and (actors or cpus_per_actor or gpus_per_actor):
+    if config.stream.sync and (actors or cpus_per_actor or gpus_per_actor or actor_resource):
         raise UserError("--actors and their CPUs and GPUs do nothing with --sync; leave one out")
     inputs = _inputs(pairs=pairs_dir, photos=photos, teacher=teacher, generator=generator)
     jobs = joint_jobs(str(out.resolve()), config, inputs)
     least, most = actors or (1, 1)
-    drawing = Actors(least, most, cpus_per_actor or 1.0, gpus_per_actor or 0.0)
+    drawing = Actors(least, most, cpus_per_actor or 1.0, gpus_per_actor or 0.0, actor_resource)
     _train(jobs, as_json=as_json, actors=drawing, **ray)

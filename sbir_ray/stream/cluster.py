@@ -21,14 +21,19 @@ from ray.data import DataContext
 from ray.exceptions import RayError
 
 from sbir_ray.errors import UserError
+from sbir_ray.stream.fit import Node, Request, shortfall
 
 LEAST_CPUS = 4
 """Logical CPUs of an embedded Ray, at least: actors, readers and writers each hold one, and with
 fewer a pool of two actors leaves Ray Data nothing to read with."""
 
+_BUILT_IN = ("CPU", "GPU", "memory", "object_store_memory")
+
 
 @contextmanager
-def connect(address: str | None = None, num_cpus: int | None = None) -> Iterator[None]:
+def connect(
+    address: str | None = None, num_cpus: int | None = None, request: Request | None = None
+) -> Iterator[None]:
     """Ray for the length of a ``with`` block; shuts down only what it started.
 
     A Ray that this process already uses is taken as it is. Else ``address`` or ``RAY_ADDRESS``
@@ -38,11 +43,15 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> Iterator
     Args:
         num_cpus: logical CPUs of a local Ray; by default the machine's, at least
             :data:`LEAST_CPUS`.
+        request: what will run; refused at once where it does not fit.
 
     Raises:
-        UserError: the cluster cannot be reached, or ``num_cpus`` for one that is there.
+        UserError: the cluster cannot be reached, ``num_cpus`` for one that is there, or
+            ``request`` does not fit: the line says what would.
     """
     if ray.is_initialized():
+        if request is not None:
+            ensure_request(nodes(), request)
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
@@ -51,8 +60,12 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> Iterator
     if address:
         _join(address)
     else:
+        if request is not None:
+            ensure_request([here(num_cpus, request.gpus > 0)], request)
         _start(num_cpus or logical_cpus())
     try:
+        if address and request is not None:
+            ensure_request(nodes(), request)
         yield
     finally:
         ray.shutdown()
@@ -82,11 +95,50 @@ def quiet_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
+def nodes() -> list[Node]:
+    """The nodes of the Ray that is up which are alive."""
+    found = []
+    for node in cast(Any, ray).nodes():
+        if node["Alive"]:
+            has: dict[str, float] = node["Resources"]
+            custom = {name for name in has if name not in _BUILT_IN and ":" not in name}
+            name = f"{node.get('NodeManagerAddress', '')} {node.get('NodeID', '')[:8]}".strip()
+            cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
+            found.append(Node(cpus, gpus, frozenset(custom), name))
+    return found
+
+
+def here(num_cpus: int | None = None, gpus: bool = False) -> Node:
+    """The one node of a Ray that would be started here.
+
+    Args:
+        gpus: count them too, which takes some seconds.
+    """
+    count = 0
+    if gpus:
+        import torch
+
+        count = torch.cuda.device_count()
+    return Node(num_cpus or logical_cpus(), count, name="this machine")
+
+
+def ensure_request(found: Sequence[Node], request: Request) -> None:
+    """Refuse what could never be placed all at once; Ray itself would wait for ever.
+
+    Raises:
+        UserError: it does not fit; the line says what would.
+    """
+    line = shortfall(found, request)
+    if line is not None:
+        raise UserError(line)
+
+
 def ensure_fits(
     cpus: float,
     gpus: float = 0.0,
     count: int = 1,
     *,
+    on: str = "",
     what: str = "the request",
     spare_cpus: float = 0.0,
     spare_gpus: float = 0.0,
@@ -95,6 +147,7 @@ def ensure_fits(
 
     Args:
         cpus, gpus: of each of ``count`` processes; one process has to fit on one node.
+        on: custom resource that their nodes have.
         what: who asks, by the names of its settings.
         spare_cpus, spare_gpus: that have to stay free, anywhere.
 
@@ -104,22 +157,23 @@ def ensure_fits(
     Raises:
         UserError: it does not fit; the message says what would.
     """
-    nodes = [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]]
-    total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    room = sum(_fitting(node, cpus, gpus) for node in nodes)
+    found = nodes()
+    total_cpus = sum(node.cpus for node in found)
+    total_gpus = sum(node.gpus for node in found)
+    room = sum(_fitting(node, cpus, gpus) for node in found if not on or on in node.custom)
     if cpus > 0:
         room = min(room, math.floor((total_cpus - spare_cpus) / cpus + 1e-6))
     if gpus > 0:
         room = min(room, math.floor((total_gpus - spare_gpus) / gpus + 1e-6))
     if count <= room:
         return sys.maxsize if room == math.inf else int(room)
-    spare = f" beside {spare_cpus:g} CPU for the rest" if spare_cpus else ""
-    if spare_gpus:
-        spare = f" beside {spare_cpus:g} CPU, {spare_gpus:g} GPU for the rest"
+    spare = f" on nodes with {on}" if on else ""
+    if spare_cpus or spare_gpus:
+        also = f", {spare_gpus:g} GPU" if spare_gpus else ""
+        spare += f" beside {spare_cpus:g} CPU{also} for the rest"
     raise UserError(
         f"{what}: {count} x ({cpus:g} CPU, {gpus:g} GPU){spare} do not fit into {total_cpus:g} "
-        f"CPU, {total_gpus:g} GPU on {len(nodes)} node(s); at most {max(0, int(room))} would"
+        f"CPU, {total_gpus:g} GPU on {len(found)} node(s); at most {max(0, int(room))} would"
     )
 
 
@@ -193,10 +247,10 @@ def _own_token() -> None:
         stream.write(secrets.token_hex(32))
 
 
-def _fitting(node: dict[str, float], cpus: float, gpus: float) -> float:
+def _fitting(node: Node, cpus: float, gpus: float) -> float:
     """How many processes of ``cpus`` and ``gpus`` a node has room for."""
     room = math.inf
-    for name, need in (("CPU", cpus), ("GPU", gpus)):
+    for has, need in ((node.cpus, cpus), (node.gpus, gpus)):
         if need > 0:
-            room = min(room, math.floor(node.get(name, 0.0) / need + 1e-6))
+            room = min(room, math.floor(has / need + 1e-6))
     return room

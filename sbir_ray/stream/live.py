@@ -33,8 +33,9 @@ from sbir_ray.errors import SbirError, UserError
 from sbir_ray.stream.cluster import ensure_fits
 from sbir_ray.stream.exchange import Fate
 from sbir_ray.stream.filters import RankerSpec, reference_photos
+from sbir_ray.stream.fit import SPARE_LIVE, sent_to
 from sbir_ray.stream.live_photos import TicketPhotos
-from sbir_ray.stream.live_pipeline import PATIENCE, SPARE_CPUS, Plan, StreamActor, cause, one_line
+from sbir_ray.stream.live_pipeline import PATIENCE, Plan, StreamActor, cause, one_line
 from sbir_ray.stream.live_rows import Failed, LiveRow, LiveSketcher, decode_rows
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class LiveStream:
         first: ticket to begin with; those before it were drawn by an earlier stream.
         actors: least and most generators.
         cpus_per_actor, gpus_per_actor: of each; a GPU may be shared.
+        actor_resource: custom resource of the nodes that draw; any by default.
         beside: CPUs and GPUs that have to stay free for the learners.
 
     Raises:
@@ -116,6 +118,7 @@ class LiveStream:
         actors: tuple[int, int] = (1, 1),
         cpus_per_actor: float = 1.0,
         gpus_per_actor: float = 0.0,
+        actor_resource: str = "",
         beside: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         least, most = actors
@@ -125,8 +128,9 @@ class LiveStream:
             cpus_per_actor,
             gpus_per_actor,
             least,
+            on=actor_resource,
             what="--actors",
-            spare_cpus=SPARE_CPUS + beside[0],
+            spare_cpus=SPARE_LIVE + beside[0],
             spare_gpus=beside[1],
         )
         # Actors run in other folders.
@@ -156,6 +160,7 @@ class LiveStream:
             ),
             cpus=cpus_per_actor,
             gpus=gpus_per_actor,
+            placement=sent_to(actor_resource),
         )
         # Calls that wait take a thread each: the source's, and one of each learner's process, of
         # which an earlier one's may wait on for a moment after its death.

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 PATIENCE = 2.0
 """Seconds after which a call that waits is made again."""
-SPARE_CPUS = 0.5
-"""CPUs that the stages beside the generators take, at most."""
 
 _STAGE_CPUS = 0.1
 _READERS = 4
@@ -167,6 +165,8 @@ class Plan:
     pool: ActorPoolStrategy
     cpus: float
     gpus: float
+    placement: dict[str, dict[str, float]]
+    """Custom resources of each actor, as ``ray.remote`` takes them."""
 
 
 class StreamActor(Exchange):
@@ -232,6 +232,7 @@ class StreamActor(Exchange):
                     "exchange": exchange,
                     "references": plan.references,
                 },
+                **plan.placement,
                 **tables,
             )
         )

@@ -31,6 +31,7 @@ from sbir_ray.stream.filters import (
     refuse_rank_above_all,
     refuse_without_effect,
 )
+from sbir_ray.stream.fit import SPARE_SKETCH, sent_to
 from sbir_ray.stream.pseudo_rounds import (
     ERROR,
     Round,
@@ -61,6 +62,8 @@ class _Actors:
     pool: ActorPoolStrategy
     cpus: float
     gpus: float
+    on: str
+    """Custom resource of their nodes."""
 
 
 def sketch(
@@ -74,6 +77,7 @@ def sketch(
     actors: tuple[int, int] = (1, 2),
     cpus_per_actor: float = 1.0,
     gpus_per_actor: float = 0.0,
+    actor_resource: str = "",
     progress: Callable[[str], Progress] = Progress,
 ) -> Ledger:
     """Draw the photos of a store into a round of a PSEUDO folder. Needs a Ray that is up.
@@ -92,6 +96,7 @@ def sketch(
             of them see, and the last to finish lists the round.
         actors: least and most processes that draw.
         cpus_per_actor, gpus_per_actor: of each; a GPU may be shared.
+        actor_resource: custom resource of the nodes that draw; any by default.
         progress: makes a progress line from a title.
 
     Returns:
@@ -138,7 +143,14 @@ def sketch(
     least, most = actors
     if not 1 <= least <= most:
         raise UserError(f"--actors {least}:{most}: the least is 1, and not more than the most")
-    room = ensure_fits(cpus_per_actor, gpus_per_actor, least, what="--actors", spare_cpus=1.0)
+    room = ensure_fits(
+        cpus_per_actor,
+        gpus_per_actor,
+        least,
+        on=actor_resource,
+        what="--actors",
+        spare_cpus=SPARE_SKETCH,
+    )
     # All at once: Ray Data would add them one by one, each after some seconds.
     pool = ActorPoolStrategy(min_size=least, max_size=most, initial_size=min(most, room))
     with disk_told(out), writing(out, shard) as writer:
@@ -166,7 +178,7 @@ def sketch(
                         author,
                         ranker,
                         config,
-                        _Actors(pool, cpus_per_actor, gpus_per_actor),
+                        _Actors(pool, cpus_per_actor, gpus_per_actor, actor_resource),
                     ),
                     ledger,
                     bar,
@@ -327,6 +339,7 @@ def _pipeline(
                 "settings_digest": this.request["settings_digest"],
                 "round_number": this.number,
             },
+            **sent_to(actors.on),
             **tables,
         )
         .map_batches(

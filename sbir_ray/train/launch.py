@@ -21,7 +21,8 @@ from sbir_ray.errors import SbirError, UserError
 from sbir_ray.places import append_text, arrow_file_system, place, remove_tree
 from sbir_ray.runlog import Progress
 from sbir_ray.runs import read_run
-from sbir_ray.stream.cluster import connect, ensure_fits, logical_cpus
+from sbir_ray.stream.cluster import connect, logical_cpus
+from sbir_ray.stream.fit import Group, request_of, sent_to
 from sbir_ray.train.job import Job
 from sbir_ray.train.ranks import Ranks
 
@@ -41,6 +42,8 @@ class Actors:
     cpus: float = 1.0
     gpus: float = 0.0
     """Of each; a GPU may be shared."""
+    on: str = ""
+    """Custom resource of the nodes that draw; any by default."""
 
 
 def train(
@@ -51,6 +54,7 @@ def train(
     cpus_per_worker: float | None = None,
     address: str | None = None,
     actors: Actors | None = None,
+    worker_resource: str = "",
     progress: Callable[[str], Progress] | None = None,
 ) -> list[dict[str, Any]]:
     """Train ``jobs`` one after another on ``workers`` Ray Train workers, each to its run folder.
@@ -61,6 +65,7 @@ def train(
         cpus_per_worker: also the threads of each; None: this machine's CPUs divided among the
             workers when Ray is started here, 1 on a cluster that is there.
         address: the Ray cluster, see :func:`sbir_ray.stream.cluster.connect`.
+        worker_resource: custom resource of the nodes that train; any by default.
         actors: who draws for joint training that is not ``stream.sync``.
         progress: makes a progress line from a title, one for each job.
 
@@ -90,9 +95,11 @@ def train(
             # Ray's own CPUs are at least so many, also where the machine's are fewer.
             left = logical_cpus() - drawing.least * drawing.cpus - 1
             share = min(share, int(left // max(workers, 1)))
-        group = _Group(workers, gpu, cpus_per_worker or float(max(1, share)))
-        with connect(address):
-            ensure_fits(group.cpus, float(gpu), workers, what="--workers")
+        cpus = cpus_per_worker or float(max(1, share))
+        group = _Group(workers, gpu, cpus, worker_resource)
+        asked = Group("--workers", workers, cpus, float(gpu), worker_resource)
+        draw = Group("--actors", drawing.least, drawing.cpus, drawing.gpus, drawing.on)
+        with connect(address, request=request_of(asked, draw if streamed else None)):
             results = group.run(alone) if alone else []
             for job in streamed:
                 results += _run_streamed(job, group, drawing)
@@ -143,6 +150,7 @@ def _run_streamed(job: Job, group: _Group, actors: Actors) -> list[dict[str, Any
         actors=(actors.least, actors.most),
         cpus_per_actor=actors.cpus,
         gpus_per_actor=actors.gpus,
+        actor_resource=actors.on,
     ) as stream:
         return group.run([job], stream.shards)
 
@@ -160,6 +168,7 @@ class _Group:
     workers: int
     gpu: bool
     cpus: float
+    on: str
 
     def run(self, jobs: Sequence[Job], shards: Sequence[Shard] = ()) -> list[dict[str, Any]]:
         """The last evaluation of each job."""
@@ -177,6 +186,7 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
     gpu = group.gpu
     patience = math.ceil(2 * max((shard.wait_limit for shard in shards), default=0.0))
     resources = {"CPU": group.cpus, **({"GPU": 1.0} if gpu else {})}
+    resources |= sent_to(group.on).get("resources", {})
     settings = {
         "jobs": list(jobs),
         "gpu": gpu,
