@@ -188,8 +188,8 @@ def make_store(root: Path, count: int) -> Path:
 
 
 def make_generator(root: Path) -> Path:
-    """A run of the default size, trained for a moment: its speed does not depend on what it knows,
-    but for the lengths of its drawings, which then are near the limit."""
+    """A run of the default size, trained for a moment: it draws as fast as one that knows more,
+    but for the lengths of its drawings, which are the same in all that is compared here."""
     config = GeneratorTraining(
         model=GeneratorConfig(weights="none"),
         discriminator=DiscriminatorConfig(steps=2, batch_size=4),
