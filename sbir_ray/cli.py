@@ -315,6 +315,7 @@ def sketch(
     from sbir_ray.stream.cluster import connect
     from sbir_ray.stream.fit import Group, request_of
     from sbir_ray.stream.pseudo_rounds import read_shard
+    from sbir_ray.stream.pseudo_store import HEADER, read_header
     from sbir_ray.stream.sketching import sketch as run_sketch
 
     if (generator is None) == (sketcher is None):
@@ -339,7 +340,8 @@ def sketch(
             actor_resource=actor_resource,
             progress=lambda title: Progress(title, unit="drawings"),
         )
-    whole = "" if (out / "pseudo.json").exists() else "; the rest is for the other shards"
+    found = read_header(out)["ledger"] if (out / HEADER).exists() else None
+    whole = "" if found == ledger.to_json() else "; the rest is for the other shards"
     show(ledger.to_json(), as_json, f"{out}: {ledger}{whole}")
 
 
