@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,7 +157,9 @@ def tune(
         address=address,
     )
     units = {"tune": "steps", "shared": "units of work", "confirm": "units of work"}
-    result = run_sweep(
-        request, effort, out, progress=lambda title: Progress(title, unit=units[title])
-    )
+    # Ray prints its own warnings where results belong.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = run_sweep(
+            request, effort, out, progress=lambda title: Progress(title, unit=units[title])
+        )
     show(result, as_json, summary(result))

@@ -29,8 +29,8 @@ def summary(values: Mapping[str, Any]) -> str:
     for name, value in values["best"]["knobs"].items():
         lines.append(f"  {name} = {shown(value)} (default {shown(values['defaults'][name])})")
     for trial in values["trials"]:
-        if trial["status"] == "failed":
-            lines.append(f"trial {trial['number']} failed: {trial['failures'][-1]}")
+        if trial["status"] in ("failed", "refused"):
+            lines.append(f"trial {trial['number']} {trial['status']}: {trial['failures'][-1]}")
     if values["confirmed"]["status"] == "failed":
         for name, reason in values["confirmed"]["reasons"].items():
             lines.append(f"{name} failed: {reason}; the same command tries it again")
@@ -109,6 +109,7 @@ def _counts(values: Mapping[str, Any]) -> str:
         "done": "trained to the end",
         "stopped": "stopped early",
         "failed": "failed",
+        "refused": "refused",
         "open": "not at their end",
     }
     fates = ", ".join(f"{by[status]} {text}" for status, text in told.items() if by[status])
@@ -118,7 +119,9 @@ def _counts(values: Mapping[str, Any]) -> str:
 def _row(trial: Mapping[str, Any], metric: str) -> dict[str, Any]:
     last = trial["evaluations"][-1] if trial["evaluations"] else None
     told = {"done": "", "stopped": "stopped: others were better here", "open": "not at its end"}
-    fate = told.get(trial["status"]) or "; ".join(f"failed: {why}" for why in trial["failures"])
+    fate = told.get(trial["status"]) or "; ".join(
+        f"{trial['status']}: {why}" for why in trial["failures"]
+    )
     return {
         "accuracy": None,
         "difference": None,

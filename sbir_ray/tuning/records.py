@@ -15,7 +15,7 @@ from sbir_ray.strict import SCHEMA_VERSION
 from sbir_ray.study.intervals import Found
 from sbir_ray.tuning.space import Knobs, Value
 
-Status = Literal["open", "done", "stopped", "failed"]
+Status = Literal["open", "done", "stopped", "failed", "refused"]
 DEFAULT = 0
 """Number of the trial that turns no knob."""
 METRICS = ("acc@1", "acc@5", "acc@10", "mAP")
@@ -31,7 +31,8 @@ class Trial:
     """What differs from the sweep's configuration."""
     status: Status = "open"
     """``open``: not at its end yet; ``done``: trained to its last step; ``stopped``: early, since
-    others were better at the same step; ``failed``: see ``failures``."""
+    others were better at the same step; ``failed``, or ``refused`` where no other try could mend
+    it: see ``failures``."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     """On the validation split: ``step`` and the metrics."""
     failures: list[str] = field(default_factory=list)

@@ -32,6 +32,8 @@ TRIAL_CPUS = 0.1
 refused by Ray, and a whole one could keep the workers of all trials waiting for ever."""
 _STARTUP = 5
 """Trials at random before TPE has enough to go by."""
+_TOLD = ("stopped", "failed", "refused")
+"""Fates that the progress line counts."""
 _REDUCTION = 2
 """One of so many trials goes on at each rung."""
 _FIRST_RUNG = 2
@@ -228,7 +230,7 @@ class Tpe(Draws):
         inside = all(knob.holds(knobs[knob.name]) for knob in self.knobs)
         measured = {int(one["step"]): one[self.trials.metric] for one in trial.evaluations}
         values = {step: value for step, value in measured.items() if math.isfinite(value)}
-        if not inside or not values or trial.status == "failed":
+        if not inside or not values or trial.status in ("failed", "refused"):
             return None
         done = trial.status == "done"
         return create_trial(
@@ -318,7 +320,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         refused = (trial.last_result or {}).get(REFUSED)
         if refused:
             found.failures.append(refused)
-            found.status = "failed"
+            found.status = "refused"
             self._say(found, refused)
         else:
             found.status = "done" if found.last_step >= self.steps else "stopped"
@@ -336,7 +338,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         """Say how far all are."""
         ended = [trial for trial in self.trials if trial.status != "open"]
         steps = sum(self.steps if t.status != "open" else t.last_step for t in self.trials)
-        by = {status: sum(t.status == status for t in ended) for status in ("stopped", "failed")}
+        by = {status: sum(t.status == status for t in ended) for status in _TOLD}
         note = f"{len(ended)} of {self.count} trials"
         note += "".join(f", {number} {status}" for status, number in by.items() if number)
         values = [
@@ -356,7 +358,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         self.trials.keep(found.number)
 
     def _say(self, found: Trial, reason: str) -> None:
-        self.bar.say(f"trial {found.number}: failed: {reason}")
+        self.bar.say(f"trial {found.number}: {reason}")
 
     def _of(self, trial: Any) -> Trial:
         # A trial of a population may get another's configuration, and keeps its own number.

@@ -77,6 +77,7 @@ def test_what_is_left_to_do():
     failed = Trial(0, {}, "failed", failures=["a", "b"])
     assert not is_left(failed, retries=1)
     assert is_left(failed, retries=2)
+    assert not is_left(Trial(0, {}, "refused", failures=["a"]), retries=2)
 
 
 def test_the_default_comes_first_then_what_was_begun_then_new_ones(tmp_path):
@@ -160,7 +161,7 @@ def values(tmp_path, confirmed):
         found = Found([f"p{i}" for i in range(20)], ranks, 20)
         (trials.place(number) / FOUND).write_text(json.dumps(found.to_json()))
     trials.found[7] = trial(7, 0.9, "stopped", {"loss.certainty": "none"}, steps=(4,))
-    trials.found[8] = Trial(8, {}, "failed", failures=["<b>no pair</b> was kept"])
+    trials.found[8] = Trial(8, {}, "refused", failures=["<b>no pair</b> was kept"])
     (tmp_path / "out").mkdir()
     return {
         "space": "mine",
@@ -213,7 +214,7 @@ def test_the_page_says_what_was_found_whatever_it_is(tmp_path):
     assert "<b>no pair" not in page
     assert "stopped: others were better here" in page
     assert "+0.0" not in page
-    assert "trial 8 failed: <b>no pair</b> was kept" in summary(found)
+    assert "trial 8 refused: <b>no pair</b> was kept" in summary(found)
     worse = {**found, "confirmed": {**found["confirmed"], **rerun(-0.02, -0.03, -0.01)}}
     assert "−2.0 points (95% interval −3.0 to −1.0): worse." in headline(worse)
     unsure = {**found, "confirmed": {**found["confirmed"], **rerun(0.02, -0.03, 0.05)}}
