@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -383,7 +384,10 @@ def quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            # A process that is used again would hold the threads of the trial before.
+            warnings.filterwarnings("ignore", "Consider boosting PBT performance", UserWarning)
+            yield
     finally:
         logger.setLevel(level)
         for name, value in before.items():
