@@ -77,12 +77,53 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PenConfig:
+    """What the generator ``pen`` has for its own, and how it learns from traced contours."""
+
+    width: int = 160
+    heads: int = 5
+    blocks: int = 3
+    contour_steps: int = 400
+    """First steps, in which it learns from traced contours alone: of the training photos, and of
+    those without sketches if they are given."""
+    contour_share: float = 0.4
+    """Share of traced contours in the later steps' rows."""
+    contour_photos: int = 1000
+    """Photos, at most, that are traced."""
+    slip: float = 4.0
+    """Standard deviation of the pen's slips in training, canvas units: the pen learns to find back
+    from where it should not be."""
+    rotate: float = 12.0
+    """Largest rotation of photo and sketch together, degrees."""
+    scale: float = 0.15
+    """Largest relative change of both's size, per axis."""
+    shift: float = 12.0
+    """Largest shift of both, canvas units."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "heads", "blocks"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("contour_steps", "contour_photos", "slip", "rotate", "scale", "shift"):
+            _at_least(name, getattr(self, name), 0)
+        if self.width % self.heads:
+            raise ValueError(f"width: {self.width} is not a multiple of heads={self.heads}")
+        if not 0 <= self.contour_share < 1:
+            raise ValueError(f"contour_share: {self.contour_share:g} is not in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratorConfig:
-    """The paper's generator G: image encoder, VAE start, 2-D attention LSTM, Gaussian mixtures.
+    """The generator G, which draws a photo row by row with Gaussian mixtures.
 
     The defaults are sizes that train in minutes on two cores; the paper's are in
     recipes/paper-generator.toml.
     """
+
+    kind: Literal["pen", "paper"] = "pen"
+    """``pen``: looks where its pen is and at what it has drawn, and learns to follow contours
+    first; ``paper``: image encoder, VAE start, 2-D attention LSTM (section 3.1)."""
+    pen: PenConfig = field(default_factory=PenConfig)
+    """Of the kind ``pen``."""
 
     backbone: str = "mobilenetv2"
     """As for the retrieval network."""
@@ -92,8 +133,11 @@ class GeneratorConfig:
     """Side of the square photo, pixels. The map that is attended to has 8 x 8 cells at 128 pixels
     with mobilenetv2, at 256 with vgg16."""
     latent: int = 64
+    """The kind ``paper``: numbers of the variational start."""
     hidden: int = 256
+    """The same: units of the LSTM."""
     attention: int = 128
+    """The same: units of its attention."""
     mixtures: int = 10
     max_points: int = 100
     """Longest drawing, points; longer training sketches are simplified until they fit."""

@@ -15,6 +15,7 @@ from sbir_ray.config import GeneratorTraining, JointTraining, RetrievalConfig, R
 from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.models.discriminator import PairDiscriminator
 from sbir_ray.models.generator import Generator
+from sbir_ray.models.generators import make_generator
 from sbir_ray.models.retrieval import RetrievalNet
 from sbir_ray.strict import check_schema, from_dict
 
@@ -74,7 +75,7 @@ def load_generator(run: Path) -> Trained[Generator]:
     """The generator of a run; raises as :func:`load_retrieval`."""
     record = _record(run, "generator")
     config = generator_training(record, run).model
-    model = Generator(dataclasses.replace(config, weights="none"))
+    model = make_generator(dataclasses.replace(config, weights="none"))
     return _restored(run, model, record, "generator")
 
 

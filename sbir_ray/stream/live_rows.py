@@ -24,8 +24,8 @@ from sbir_ray.stream.sketchers import Drawn
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sbir_ray.models.decoder import Drawing
     from sbir_ray.models.discriminator import PairDiscriminator
+    from sbir_ray.models.drawing import Drawing
     from sbir_ray.models.generator import Generator
     from sbir_ray.stream.filters import TeacherRanker
 
@@ -219,7 +219,7 @@ class LiveSketcher:
     def _drawings(
         self, map_BCHW: Tensor, seeds: Sequence[int], temperature: float
     ) -> list[Drawing]:
-        from sbir_ray.models.decoder import Noise
+        from sbir_ray.models.drawing import Noise
 
         config, block = self.generator.config, self.decoder.block
         drawings: list[Drawing] = []

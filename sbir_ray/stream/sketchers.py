@@ -25,7 +25,7 @@ from sbir_ray.strict import to_dict
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sbir_ray.models.decoder import Drawing
+    from sbir_ray.models.drawing import Drawing
 
 _GPU_BATCH = 256
 """Pairs that a discriminator judges at once on a GPU."""
@@ -201,7 +201,7 @@ class GeneratorSketcher:
         """As of ``Generator.draw``, with each photo's map computed once for all its drawings."""
         import torch
 
-        from sbir_ray.models.decoder import Noise
+        from sbir_ray.models.drawing import Noise
 
         config, block = self.generator.config, self.decoder.block
         # One at a time on a CPU, where a convolution may round differently in a batch.

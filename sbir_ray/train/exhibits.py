@@ -31,9 +31,9 @@ from sbir_ray.data.raster import rasterise
 from sbir_ray.data.strokes import Strokes, fit, flatten
 from sbir_ray.evaluate import ranks
 from sbir_ray.joint_report import ATTENTION, CERTAINTY, DRAWINGS, FULL, PHOTOS
-from sbir_ray.models.decoder import Drawing
 from sbir_ray.models.discriminator import PairDiscriminator
-from sbir_ray.models.generator import GREEDY, Generator
+from sbir_ray.models.drawing import GREEDY, Drawing
+from sbir_ray.models.generator import Generator
 from sbir_ray.models.retrieval import RetrievalNet
 from sbir_ray.places import append_text, write_bytes
 from sbir_ray.runlog import write_json_atomic

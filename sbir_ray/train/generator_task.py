@@ -22,6 +22,7 @@ from sbir_ray.errors import UserError
 from sbir_ray.joint import discriminator_losses, generator_losses
 from sbir_ray.models.discriminator import PairDiscriminator
 from sbir_ray.models.generator import Generator
+from sbir_ray.models.generators import make_generator
 from sbir_ray.places import place
 from sbir_ray.runs import load_generator
 from sbir_ray.train import batch_rows
@@ -65,7 +66,7 @@ class GeneratorTask(OnePlayer):
         self.stream = Stream(len(self.sketches), self.config.seed, "sketches")
         torch.manual_seed(self.config.seed)
         if model is None:
-            model = Generator(sizes)
+            model = make_generator(sizes)
             model.set_offset_scale(strokes.offset_scale(self.sketches))
         self.model = model.to(device)
         self.trained: nn.Module = self.model
@@ -95,7 +96,7 @@ class GeneratorTask(OnePlayer):
     def losses(self, batch: GeneratorBatch, step: int) -> dict[str, Tensor]:
         """The terms of Eq. 3 on the whole batch; gradients reach this rank's rows."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            terms = self.model.nll_of_map(
+            terms = self.model.nll_of_code(
                 self._maps(batch.photo_b),
                 batch.points_bT5.to(self.device),
                 batch.length_b.to(self.device),

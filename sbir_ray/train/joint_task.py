@@ -292,7 +292,7 @@ class JointTask:
     def _policy_rows(self, drawn: PolicyBatch, map_RCHW: Tensor, photos: Columns) -> PolicyRows:
         """The sampled drawings of all ranks with their rewards."""
         config, gather = self.config.policy, self.ranks.gather
-        log_prob_BT = self.g.model.log_prob_of_map(
+        log_prob_BT = self.g.model.log_prob_of_code(
             map_RCHW[drawn.row_of_b],
             drawn.rows_bT5,
             drawn.length_b,
@@ -333,7 +333,7 @@ class JointTask:
         """Minus the mean reward of one drawing a photo, with gradients through its raster."""
         config = self.config.policy
         first_R = torch.arange(len(map_RCHW), device=self.device) * config.samples
-        points_RN2, pen_RN = self.g.model.redraw_of_map(
+        points_RN2, pen_RN = self.g.model.redraw_of_code(
             map_RCHW, drawn.rows_bT5[first_R], drawn.length_b[first_R]
         )
         f_side, d_side = self.sides.f, self.sides.d

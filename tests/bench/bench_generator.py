@@ -23,8 +23,9 @@ from torch import Tensor
 
 from sbir_ray import losses
 from sbir_ray.config import GeneratorConfig
-from sbir_ray.models.decoder import Decoder, Drawing, Noise
-from sbir_ray.models.generator import Generator
+from sbir_ray.models.drawing import Drawing, Noise
+from sbir_ray.models.paper import PaperGenerator
+from sbir_ray.models.paper_decoder import PaperDecoder
 
 ROWS = 100
 TOLERANCE = 1e-3
@@ -33,7 +34,7 @@ from the one before, so rounding adds up over 100 of them."""
 
 
 @torch.inference_mode()
-def plain(generator: Generator, map_BCHW: Tensor, noise: Noise) -> Tensor:
+def plain(generator: PaperGenerator, map_BCHW: Tensor, noise: Noise) -> Tensor:
     """Rows (B, 100, 5), by the equations as they stand in the paper."""
     mean_BZ = generator.to_latent(map_BCHW.mean((2, 3))).chunk(2, 1)[0]
     h, c = torch.tanh(generator.to_state(mean_BZ)).chunk(2, 1)
@@ -107,11 +108,11 @@ def main() -> None:
         mixtures=20,
         max_points=ROWS - 1,
     )
-    generator = Generator(config).eval()
+    generator = PaperGenerator(config).eval()
     with torch.no_grad():
         generator.output.weight.mul_(4)  # drawings that depend on the photo and on the row before
     laying = min(seconds(generator.decoder, 1) for _ in range(rounds))
-    decoder: Decoder = generator.decoder()
+    decoder: PaperDecoder = generator.decoder()
     print(f"laying out the weights, once: {laying * 1e3:.1f} ms")
     rng = np.random.default_rng(0)
     for batch in (1, 64):

@@ -13,7 +13,7 @@ from sbir_ray.data.raster import rasterise
 from sbir_ray.data.strokes import fit, unflatten
 from sbir_ray.evaluate import ranks
 from sbir_ray.models.discriminator import PairDiscriminator
-from sbir_ray.models.generator import Generator
+from sbir_ray.models.paper import PaperGenerator
 from sbir_ray.models.retrieval import RetrievalNet
 from sbir_ray.train.exhibits import Exhibits, finish
 from tests.tiny import generator_config, photo, retrieval_config
@@ -31,7 +31,7 @@ def networks():
     torch.manual_seed(0)
     config = generator_config()
     return (
-        Generator(config.model),
+        PaperGenerator(config.model),
         PairDiscriminator(config.discriminator),
         RetrievalNet(retrieval_config().model),
     )

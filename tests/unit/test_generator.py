@@ -12,13 +12,13 @@ from sbir_ray import losses
 from sbir_ray.config import GeneratorConfig
 from sbir_ray.data import strokes as sketches
 from sbir_ray.data.strokes import Strokes
-from sbir_ray.models.decoder import Drawing, Noise
-from sbir_ray.models.generator import Generator
+from sbir_ray.models.drawing import Drawing, Noise
+from sbir_ray.models.paper import PaperGenerator
 
 SIZE = 64
 
 
-def small(seed: int = 0, **changes: object) -> Generator:
+def small(seed: int = 0, **changes: object) -> PaperGenerator:
     """A generator of a few thousand weights (beside its backbone) whose drawings vary."""
     torch.manual_seed(seed)
     settings: dict[str, object] = {
@@ -31,7 +31,7 @@ def small(seed: int = 0, **changes: object) -> Generator:
         "mixtures": 3,
         "max_points": 20,
     }
-    generator = Generator(GeneratorConfig(**{**settings, **changes}))  # type: ignore[arg-type]
+    generator = PaperGenerator(GeneratorConfig(**{**settings, **changes}))  # type: ignore[arg-type]
     # The map of a deep random network is almost 0. This one's tells photos apart.
     channels, stride = generator.backbone.channels, generator.backbone.stride
     generator.backbone.body = nn.Sequential(
@@ -57,7 +57,7 @@ def padded(sequences: Sequence[np.ndarray], extra: int = 0) -> tuple[Tensor, Ten
     return points, length
 
 
-def people(generator: Generator, counts: Sequence[int]) -> list[np.ndarray]:
+def people(generator: PaperGenerator, counts: Sequence[int]) -> list[np.ndarray]:
     """Rows of two-stroke sketches of so many points."""
     rng = np.random.default_rng(0)
     drawn: list[Strokes] = []
@@ -68,7 +68,7 @@ def people(generator: Generator, counts: Sequence[int]) -> list[np.ndarray]:
     return [generator.rows(strokes) for strokes in drawn]
 
 
-def step_by_step(generator: Generator, photo: Tensor, rows: np.ndarray) -> tuple[float, float]:
+def step_by_step(generator: PaperGenerator, photo: Tensor, rows: np.ndarray) -> tuple[float, float]:
     """Mean -log p of one sketch's offsets and pen states, by the paper's equations."""
     map_BCHW = generator.encode(photo[None])
     mean_BZ = generator.to_latent(map_BCHW.mean((2, 3)))[:, : generator.config.latent]
@@ -125,7 +125,7 @@ def test_nll_of_a_photo_is_that_of_its_map() -> None:
     generator = small()
     photo, rows = photos(2), padded(people(generator, [4, 9]))
     wanted = generator.nll(photo, *rows)
-    for name, value in generator.nll_of_map(generator.encode(photo), *rows).items():
+    for name, value in generator.nll_of_code(generator.encode(photo), *rows).items():
         assert torch.equal(value, wanted[name]), name
 
 
@@ -240,7 +240,7 @@ def test_without_attention_its_weights_do_not_train_and_all_others_do() -> None:
 def test_log_prob_of_a_photo_is_that_of_its_map() -> None:
     generator = small()
     photo, rows = photos(2), padded(people(generator, [4, 9]))
-    value = generator.log_prob_of_map(generator.encode(photo), *rows)
+    value = generator.log_prob_of_code(generator.encode(photo), *rows)
     assert torch.equal(value, generator.log_prob(photo, *rows))
 
 

@@ -14,7 +14,7 @@ from sbir_ray.data import photos
 from sbir_ray.data.raster import rasterise
 from sbir_ray.data.strokes import fit
 from sbir_ray.models.discriminator import PairDiscriminator
-from sbir_ray.models.generator import Generator
+from sbir_ray.models.paper import PaperGenerator
 from sbir_ray.stream.live_photos import TicketPhoto
 from sbir_ray.stream.live_rows import (
     Failed,
@@ -40,7 +40,7 @@ def networks():
     """G of 64 pixels and D of 48."""
     config = generator_config()
     torch.manual_seed(0)
-    generator = Generator(config.model)
+    generator = PaperGenerator(config.model)
     generator.set_offset_scale(20.0)
     with torch.no_grad():
         generator.output.bias[2] -= 3  # else an untrained one ends at its first point

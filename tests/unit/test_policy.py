@@ -15,7 +15,7 @@ from torch import Tensor
 from sbir_ray import losses
 from sbir_ray.config import GeneratorConfig, PolicyConfig
 from sbir_ray.joint import PolicyRows, policy_losses
-from sbir_ray.models.generator import Generator
+from sbir_ray.models.paper import PaperGenerator
 
 BASELINES = ("none", "greedy", "leave_one_out")
 
@@ -179,34 +179,34 @@ class Outcomes(NamedTuple):
     """Sums to 1."""
 
 
-def tiny(seed: int = 0, mixtures: int = 1) -> Generator:
+def tiny(seed: int = 0, mixtures: int = 1) -> PaperGenerator:
     """A generator in float64 whose pen and offsets depend on what it drew, with narrow offsets."""
     torch.manual_seed(seed)
     config = GeneratorConfig(
         weights="none", image_size=64, latent=2, hidden=4, attention=3, mixtures=mixtures
     )
-    generator = Generator(config).double()
+    generator = PaperGenerator(config).double()
     with torch.no_grad():
         generator.output.weight.mul_(3)
         generator.output.bias[3 + 3 * mixtures : 3 + 5 * mixtures] = -3.5
     return generator
 
 
-def learnt(generator: Generator) -> dict[str, Tensor]:
+def learnt(generator: PaperGenerator) -> dict[str, Tensor]:
     return {name: p for name, p in generator.named_parameters() if p.requires_grad}
 
 
-def photo_map(generator: Generator) -> Tensor:
+def photo_map(generator: PaperGenerator) -> Tensor:
     return normal(1, generator.backbone.channels, 2, 2, seed=7)
 
 
-def next_output(generator: Generator, map_1CHW: Tensor, prefix_St5: Tensor) -> Tensor:
+def next_output(generator: PaperGenerator, map_1CHW: Tensor, prefix_St5: Tensor) -> Tensor:
     """The outputs (S, K) that follow the rows drawn so far."""
     seen: list[Tensor] = []
     handle = generator.output.register_forward_hook(lambda _, __, out: seen.append(out))
     count, steps = prefix_St5.shape[:2]
     rows = torch.cat([prefix_St5, prefix_St5.new_zeros(count, 1, 5)], 1)
-    generator.log_prob_of_map(
+    generator.log_prob_of_code(
         map_1CHW.expand(count, -1, -1, -1), rows, torch.full((count,), steps + 1)
     )
     handle.remove()
@@ -214,7 +214,9 @@ def next_output(generator: Generator, map_1CHW: Tensor, prefix_St5: Tensor) -> T
 
 
 @torch.no_grad()
-def outcomes(generator: Generator, map_1CHW: Tensor, limit: int = 2, nodes: int = 3) -> Outcomes:
+def outcomes(
+    generator: PaperGenerator, map_1CHW: Tensor, limit: int = 2, nodes: int = 3
+) -> Outcomes:
     """All drawings of at most ``limit`` rows, by Gauss-Hermite quadrature of the offsets."""
     x, weight = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(nodes))
     weight = weight / weight.sum()
@@ -255,9 +257,9 @@ def reward_of(found: Outcomes) -> Tensor:
     return 1 + x.sin() + 0.5 * (0.7 * y).cos() + pens + turns
 
 
-def log_prob(generator: Generator, map_1CHW: Tensor, found: Outcomes) -> Tensor:
+def log_prob(generator: PaperGenerator, map_1CHW: Tensor, found: Outcomes) -> Tensor:
     maps = map_1CHW.expand(len(found.length_S), -1, -1, -1)
-    return generator.log_prob_of_map(maps, found.rows_ST5, found.length_S).sum(1)
+    return generator.log_prob_of_code(maps, found.rows_ST5, found.length_S).sum(1)
 
 
 @contextmanager
@@ -430,6 +432,6 @@ def test_the_gradient_of_log_prob_is_right() -> None:
     length = torch.tensor([3, 4, 2])
 
     def value() -> Tensor:
-        return (generator.log_prob_of_map(maps, rows, length) * normal(3, 4, seed=9)).sum()
+        return (generator.log_prob_of_code(maps, rows, length) * normal(3, 4, seed=9)).sum()
 
     check_gradients(learnt(generator), value(), value)

@@ -12,14 +12,14 @@ from sbir_ray import losses
 from sbir_ray.config import DiscriminatorConfig, GeneratorConfig
 from sbir_ray.data import raster
 from sbir_ray.data.strokes import count_points
-from sbir_ray.models.decoder import Drawing
 from sbir_ray.models.discriminator import PairDiscriminator
-from sbir_ray.models.generator import Generator
+from sbir_ray.models.drawing import Drawing
+from sbir_ray.models.paper import PaperGenerator
 
 SIZE = 64
 
 
-def small(**changes: object) -> Generator:
+def small(**changes: object) -> PaperGenerator:
     """A generator of a few thousand weights whose drawings vary, some of one point."""
     torch.manual_seed(0)
     settings: dict[str, object] = {
@@ -31,7 +31,7 @@ def small(**changes: object) -> Generator:
         "mixtures": 3,
         "max_points": 12,
     }
-    generator = Generator(GeneratorConfig(**{**settings, **changes}))  # type: ignore[arg-type]
+    generator = PaperGenerator(GeneratorConfig(**{**settings, **changes}))  # type: ignore[arg-type]
     # The map of a deep random network is almost 0. This one's tells photos apart.
     channels, stride = generator.backbone.channels, generator.backbone.stride
     generator.backbone.body = nn.Conv2d(3, channels, stride, stride).requires_grad_(False)
@@ -56,7 +56,7 @@ def padded(drawings: list[Drawing], extra: int = 0) -> tuple[Tensor, Tensor]:
     return rows, length
 
 
-def learnt(generator: Generator) -> dict[str, Tensor]:
+def learnt(generator: PaperGenerator) -> dict[str, Tensor]:
     return {name: p for name, p in generator.named_parameters() if p.requires_grad}
 
 
@@ -67,7 +67,7 @@ def learnt(generator: Generator) -> dict[str, Tensor]:
 def test_redrawn_points_and_pens_are_those_of_the_drawings_strokes(temperature: float) -> None:
     generator = small()
     drawings = generator.draw(photos(40), range(40), temperature)
-    points, pen = generator.redraw_of_map(generator.encode(photos(40)), *padded(drawings, 3))
+    points, pen = generator.redraw_of_code(generator.encode(photos(40)), *padded(drawings, 3))
     counts = [count_points(drawing.strokes) for drawing in drawings]
     for b, drawing in enumerate(drawings):
         wanted = np.concatenate(drawing.strokes)
@@ -86,7 +86,7 @@ def test_the_soft_raster_has_its_ink_where_the_hard_one_has() -> None:
     generator = small()
     photo = photos(20)
     drawings = generator.draw(photo, range(20), 1.0)
-    points, pen = generator.redraw_of_map(generator.encode(photo), *padded(drawings))
+    points, pen = generator.redraw_of_code(generator.encode(photo), *padded(drawings))
     soft = raster.soft_rasterise(points, pen, SIZE, 2.0).detach()
     # A dot is drawn by the hard raster alone.
     lines = [[stroke for stroke in drawing.strokes if len(stroke) > 1] for drawing in drawings]
@@ -101,10 +101,10 @@ def test_the_result_does_not_depend_on_the_padding_nor_on_the_other_drawings() -
     photo = photos(4)
     drawings = generator.draw(photo, range(4), 1.0)
     maps = generator.encode(photo)
-    points, pen = generator.redraw_of_map(maps, *padded(drawings, extra=5))
+    points, pen = generator.redraw_of_code(maps, *padded(drawings, extra=5))
     for b in range(4):
         part = slice(b, b + 1)
-        one_points, one_pen = generator.redraw_of_map(maps[part], *padded(drawings[part]))
+        one_points, one_pen = generator.redraw_of_code(maps[part], *padded(drawings[part]))
         count = one_points.shape[1]
         torch.testing.assert_close(points[b, :count], one_points[0], rtol=1e-4, atol=1e-3)
         assert torch.equal(pen[b, :count], one_pen[0])
@@ -113,11 +113,11 @@ def test_the_result_does_not_depend_on_the_padding_nor_on_the_other_drawings() -
 # --------------------------------------------------------------------------- gradients
 
 
-def outputs(generator: Generator, maps: Tensor, rows: Tensor, length: Tensor) -> Tensor:
+def outputs(generator: PaperGenerator, maps: Tensor, rows: Tensor, length: Tensor) -> Tensor:
     """The outputs (B, T, K), in the order of the batch."""
     seen: list[Tensor] = []
     handle = generator.output.register_forward_hook(lambda _, __, out: seen.append(out))
-    generator.log_prob_of_map(maps, rows, length)
+    generator.log_prob_of_code(maps, rows, length)
     handle.remove()
     return seen[0][length.sort(descending=True, stable=True).indices.argsort()]
 
@@ -160,7 +160,7 @@ def test_the_points_move_with_the_weights_as_draws_of_the_same_numbers_do() -> N
     length = torch.tensor([4])
     weight = torch.randn(4, 2, generator=source, dtype=torch.float64)
     scale = float(generator.offset_scale)
-    points, _ = generator.redraw_of_map(maps, rows, length)
+    points, _ = generator.redraw_of_code(maps, rows, length)
     parameters = learnt(generator)
     (points[0] * weight).sum().backward()
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_the_pens_gradient_is_that_of_the_probability_of_down() -> None:
     maps = generator.encode(photos(6))
     drawings = generator.draw(photos(6), range(6), 1.0)
     rows, length = padded(drawings)
-    _, pen = generator.redraw_of_map(maps, rows, length)
+    _, pen = generator.redraw_of_code(maps, rows, length)
     weight = torch.randn(pen.shape, generator=torch.Generator().manual_seed(1))
     for row, drawing in zip(weight, drawings, strict=True):
         # The last point has no segment, whatever its pen.
@@ -203,7 +203,7 @@ def test_the_pens_gradient_is_that_of_the_probability_of_down() -> None:
     torch.testing.assert_close(found, wanted)
     assert bool((found[:3] != 0).all())
     (beyond,) = torch.autograd.grad(
-        generator.redraw_of_map(maps, rows, length)[1][weight == 0].sum(), generator.output.bias
+        generator.redraw_of_code(maps, rows, length)[1][weight == 0].sum(), generator.output.bias
     )
     assert not beyond.any()
 
@@ -218,7 +218,7 @@ def test_points_that_all_coincide_lie_in_the_middle_with_a_finite_gradient(point
         # Means and standard numbers of 0: the offsets are 0 to the last bit.
         generator.output.weight.zero_()
         generator.output.bias.zero_()
-    found, pen = generator.redraw_of_map(
+    found, pen = generator.redraw_of_code(
         generator.encode(photos(1)), rows, torch.tensor([points + 1])
     )
     assert found[0].tolist() == [[128.0, 128.0]] * (points + 1)
@@ -234,7 +234,7 @@ def test_what_the_discriminator_thinks_of_the_raster_reaches_all_weights() -> No
     judge = PairDiscriminator(DiscriminatorConfig(channels=8, image_size=SIZE)).eval()
     photo = photos(8)
     drawings = generator.draw(photo, range(8), 1.0)
-    points, pen = generator.redraw_of_map(generator.encode(photo), *padded(drawings))
+    points, pen = generator.redraw_of_code(generator.encode(photo), *padded(drawings))
     ink = raster.soft_rasterise(points, pen, SIZE, 2.0)
     (-judge.certainty(photo, ink).mean()).backward()
     for name, parameter in learnt(generator).items():
@@ -264,7 +264,7 @@ def test_following_the_rasters_gradient_raises_the_certainty() -> None:
             total.append(judge.certainty(photo[b : b + 1], ink))
         return torch.cat(total).mean()
 
-    ink = raster.soft_rasterise(*generator.redraw_of_map(maps, rows, length), SIZE, 2.0)
+    ink = raster.soft_rasterise(*generator.redraw_of_code(maps, rows, length), SIZE, 2.0)
     before = judge.certainty(photo, ink).mean()
     parameters = list(learnt(generator).values())
     gradients = torch.autograd.grad(before, parameters)

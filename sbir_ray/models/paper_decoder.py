@@ -22,25 +22,18 @@ outputs, T rows.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sbir_ray import losses
-from sbir_ray.data import strokes as sketches
-from sbir_ray.data.strokes import Strokes
+from sbir_ray.models.drawing import DOWN, END, Drawing, Noise, finished
 
 if TYPE_CHECKING:
-    from sbir_ray.models.generator import Generator
+    from sbir_ray.models.paper import PaperGenerator
 
-_DOWN, _END = 0, 2
 _CPU_BLOCK, _GPU_BLOCK = 16, 256
 _STEEP = 40.0
 """Limit of twice each term of the attention's tanh(a + b), so that exp() of it is finite. tanh() is
@@ -50,79 +43,11 @@ _QUANTUM = 4
 and each new number of rows costs the library a compilation."""
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """What the generator drew of one photo."""
-
-    strokes: Strokes
-    """Canonical."""
-    rows: NDArray[np.float32]
-    """Stroke-5 rows (n, 5) as they were drawn; the last is the end row if ``ended``."""
-    log_prob: float
-    """Sum over the rows of log p, offset and pen together, under the model at temperature 1: of the
-    points alone where they are as many as may be, as whether they then end changes nothing."""
-    ended: bool
-    """Whether the generator ended it, and not the limit of points."""
-    attention: NDArray[np.float32] | None = None
-    """(n, H, W): where each row looked, if asked for."""
-
-
-class Noise(NamedTuple):
-    """All random numbers of a batch of drawings, scaled to the temperature.
-
-    The largest of logit + temperature * Gumbel number is a sample of the softmax of logit /
-    temperature, so the greedy choice is the one with noise 0. The end is drawn in another way, with
-    the same odds: the drawing ends when the odds that it should have gone on so far fall below a
-    number drawn evenly between 0 and 1. The greedy number is 1/2, so a greedy drawing has the
-    length that half of the sampled ones would have; to end only where the end is the most likely
-    state would be to end almost never, as each row's odds of it are small.
-    """
-
-    choice_BTX: Tensor
-    """(B, T, 2 + M): added to the logits of pen down and up, and of the components."""
-    offset_BT2: Tensor
-    """(B, T, 2): standard normal numbers of the offset."""
-    end_BT: Tensor
-    """(B, T): the number under which the odds have to fall."""
-
-    @classmethod
-    def seeded(cls, seeds: Sequence[int], steps: int, mixtures: int, temperature: float) -> Noise:
-        """Noise for each drawing from its own seed.
-
-        Raises:
-            ValueError: a temperature below 0.
-        """
-        if not temperature >= 0:
-            raise ValueError(f"temperature: {temperature} is less than 0")
-        choice = torch.zeros(len(seeds), steps, 2 + mixtures)
-        offset = torch.zeros(len(seeds), steps, 2)
-        end = torch.full((len(seeds), steps), 0.5)
-        if temperature > 0:
-            for row, seed in enumerate(seeds):
-                generator = torch.Generator().manual_seed(seed)
-                choice[row].exponential_(generator=generator)
-                offset[row].normal_(generator=generator)
-                even = torch.rand((), generator=generator)
-                end[row] = torch.sigmoid(temperature * torch.logit(even))
-            choice = choice.log_().mul_(-temperature)
-            offset = offset.mul_(math.sqrt(temperature))
-        # A drawing that would end at once gets a point.
-        end[:, 0] = -1.0
-        return cls(choice, offset, end)
-
-
-def row_log_prob(raw_BTK: Tensor, rows_BT5: Tensor) -> Tensor:
-    """log p of each row (B, T): the offset's (none for an end row) and the pen state's."""
-    pen_BT = losses.pen_cross_entropy(raw_BTK[..., :3], rows_BT5[..., 2:].argmax(-1))
-    offset_BT = losses.mixture_nll(losses.mixture(raw_BTK[..., 3:]), rows_BT5[..., :2])
-    return -(pen_BT + offset_BT.where(rows_BT5[..., 4] == 0, 0.0))
-
-
-class Decoder:
-    """A generator's weights, as they were when this was made, laid out for drawing."""
+class PaperDecoder:
+    """The paper's generator's weights, as they were when this was made, laid out for drawing."""
 
     @torch.no_grad()
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: PaperGenerator) -> None:
         config, cell = generator.config, generator.cell
         self.mixtures = config.mixtures
         self.max_points = config.max_points
@@ -172,28 +97,10 @@ class Decoder:
         """
         with torch.autocast(self.device.type, enabled=False):
             raw_BTK, looks_BTX, ends = self._decode(map_BCHW.float(), noise)
-        raw_BTK, looks_BTX = raw_BTK.cpu(), looks_BTX.cpu()
-        limit = raw_BTK.shape[1] - 1
-        drawings: list[Drawing] = []
-        for raw_TK, looks_TX, end in zip(raw_BTK, looks_BTX, ends, strict=True):
-            count = limit if end is None else end + 1
-            rows_T5 = looks_TX[1 : count + 1, -5:].clone()
-            if end is not None:
-                rows_T5[end, :2] = 0
-            # Each for itself: its length then is the only thing that its rounding depends on.
-            log_prob_T = row_log_prob(raw_TK[None, :count], rows_T5[None])[0, :limit]
-            rows = rows_T5.numpy()
-            look_THW = looks_TX[:count, :-5].unflatten(1, map_BCHW.shape[2:])
-            drawings.append(
-                Drawing(
-                    strokes=sketches.canonical(sketches.from_stroke5(rows, self.scale)),
-                    rows=rows,
-                    log_prob=math.fsum(log_prob_T.tolist()),
-                    ended=end is not None,
-                    attention=look_THW.numpy().copy() if attention else None,
-                )
-            )
-        return drawings
+        looks_BTHW = None
+        if attention:
+            looks_BTHW = looks_BTX[:, :-1, :-5].unflatten(2, map_BCHW.shape[2:])
+        return finished(raw_BTK, looks_BTX[:, 1:, -5:], ends, self.scale, looks_BTHW)
 
     def _decode(self, map_BCHW: Tensor, noise: Noise) -> tuple[Tensor, Tensor, list[int | None]]:
         """Outputs (B, T, K), looks (B, T + 1, X) with the row drawn before, and the end rows."""
@@ -202,7 +109,7 @@ class Decoder:
         noise = Noise(*(numbers.to(self.device).transpose(0, 1) for numbers in noise))
         raw_BTK = torch.zeros(batch, steps, 3 + 6 * self.mixtures, device=self.device)
         looks_BTX = torch.zeros(batch, steps + 1, cells + 5, device=self.device)
-        looks_BTX[:, 0, cells + 2 + _DOWN] = 1.0  # the start token
+        looks_BTX[:, 0, cells + 2 + DOWN] = 1.0  # the start token
         ends: list[int | None] = [None] * batch
 
         state = self._begin(map_BCHW)
@@ -294,7 +201,7 @@ class Decoder:
             raw_nK.copy_(raw_n1K[:, 0])
             pen_n1 = self._choose(raw_nK, Noise(*numbers), state.odds_B1, row_n5)
             for row, (pen,) in enumerate(pen_n1.tolist()):
-                if pen == _END and row not in ended:
+                if pen == END and row not in ended:
                     ended[row] = t
             left = count - len(ended)
             if left == 0 or _padded(left) < _padded(count):
@@ -312,9 +219,9 @@ class Decoder:
         """
         pen_n3, component_nM, table_nL = raw_nK.split([3, self.mixtures, 5 * self.mixtures], 1)
         noise_n2, noise_nM = noise.choice_BTX.split([2, self.mixtures], 1)
-        odds_n1.mul_(self._one - pen_n3.softmax(1)[:, _END:])
-        pen_n1: Tensor = (pen_n3[:, :_END] + noise_n2).argmax(1, keepdim=True)
-        pen_n1.masked_fill_(odds_n1 < noise.end_BT, _END)
+        odds_n1.mul_(self._one - pen_n3.softmax(1)[:, END:])
+        pen_n1: Tensor = (pen_n3[:, :END] + noise_n2).argmax(1, keepdim=True)
+        pen_n1.masked_fill_(odds_n1 < noise.end_BT, END)
         component_n1 = (component_nM + noise_nM).argmax(1, keepdim=True)
         # Of the component: mean x, mean y, sigma x, sigma y, rho, as ``losses.mixture`` has them.
         place_n5 = component_n1 + self._columns_5
