@@ -141,7 +141,7 @@ class GeneratorConfig:
     mixtures: int = 10
     max_points: int = 100
     """Longest drawing, points; longer training sketches are simplified until they fit."""
-    epsilon: float = 6.0
+    epsilon: float = 5.0
     """Tolerance of the simplification (RDP) of training sketches, canvas units: fewer, longer lines
     are learnt sooner."""
     attend: bool = True
@@ -299,7 +299,7 @@ class GeneratorTraining:
     )
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            steps=500, batch_size=32, lr=4e-3, weight_decay=0.0, clip_norm=1.0
+            steps=1200, batch_size=24, lr=1.5e-3, weight_decay=0.1, clip_norm=1.0
         )
     )
     save: SaveConfig = field(default_factory=SaveConfig)

@@ -91,22 +91,34 @@ def train_retrieval(
 
 @train.command("generator")
 @PAIRS
+@click.option(
+    "--photos", type=FOLDER, help="PHOTOS folder: photos without sketches, traced for the pen."
+)
 @OUT
 @with_workers
 @with_json
 @with_settings(settings.GeneratorTraining)
 def train_generator(
-    config: settings.GeneratorTraining, pairs_dir: Path, out: Path, as_json: bool, **ray: Any
+    config: settings.GeneratorTraining,
+    pairs_dir: Path,
+    photos: Path | None,
+    out: Path,
+    as_json: bool,
+    **ray: Any,
 ) -> None:
-    """Supervised training of the generator G on labelled pairs, then of the discriminator D on G's
-    drawings (in OUT/discriminator).
+    """Training of the generator G on labelled pairs and traced contours, then of the discriminator
+    D on G's drawings (in OUT/discriminator).
 
-    Example: sbir-ray train generator --pairs chairs --out runs/g
+    Example: sbir-ray train generator --pairs chairs --photos photos --out runs/g
     """
     from sbir_ray.train.job import Job
     from sbir_ray.train.tasks import generator_jobs
 
-    jobs: list[Job] = generator_jobs(str(out.resolve()), config, _inputs(pairs=pairs_dir))
+    if photos is not None and config.model.kind == "paper":
+        raise UserError("--photos: only the generator kind=pen traces photos; leave it out")
+    jobs: list[Job] = generator_jobs(
+        str(out.resolve()), config, _inputs(pairs=pairs_dir, photos=photos)
+    )
     _train(jobs, as_json=as_json, **ray)
 
 

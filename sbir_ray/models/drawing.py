@@ -23,6 +23,8 @@ GREEDY = 0.0
 """The temperature at which nothing is left to chance."""
 DOWN, UP, END = range(3)
 """The pen states, in the order of a stroke-5 row's last three numbers."""
+PEN_START = (0.0, 0.0, 0.0, 1.0, 0.0)
+"""The row before the first of the pen generator: the pen is up, at the centre of the canvas."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sbir_ray.config import GeneratorConfig
 from sbir_ray.data.strokes import CANVAS, CENTRE
-from sbir_ray.models.drawing import DOWN, UP
+from sbir_ray.models.drawing import DOWN, PEN_START, UP
 from sbir_ray.models.generator import Generator, Outputs, Seen, at_least_single
 from sbir_ray.models.pen_decoder import PenDecoder
 
@@ -283,7 +283,7 @@ class PenGenerator(Generator):
         """See :class:`Generator`; there is no latent."""
         steps = int(length_B.max())
         if seen is None:
-            start_B15 = self.start(rows_BT5).expand(len(rows_BT5), 1, 5)
+            start_B15 = rows_BT5.new_tensor(PEN_START).expand(len(rows_BT5), 1, 5)
             before_BT5 = torch.cat([start_B15, rows_BT5[:, : steps - 1]], 1)
             frame_B23, traced_B = None, torch.zeros_like(length_B)
         else:
@@ -304,17 +304,14 @@ class PenGenerator(Generator):
         """The weights as they are now, laid out for drawing."""
         return PenDecoder(self)
 
-    @staticmethod
-    def start(like: Tensor) -> Tensor:
-        """The row (5,) before the first: the pen is up, at the centre of the canvas."""
-        return like.new_tensor([0.0, 0.0, 0.0, 1.0, 0.0])
-
     @torch.no_grad()
     def _pen(self, before_BT5: Tensor) -> Pen:
         """Where the pen is after each of these rows."""
         batch, rows = before_BT5.shape[:2]
         place_BT2 = CENTRE + self.offset_scale * before_BT5[..., :2].cumsum(1)
-        was_BT5 = torch.cat([self.start(before_BT5).expand(batch, 1, 5), before_BT5[:, :-1]], 1)
+        was_BT5 = torch.cat(
+            [before_BT5.new_tensor(PEN_START).expand(batch, 1, 5), before_BT5[:, :-1]], 1
+        )
         from_BT2 = torch.cat([place_BT2[:, :1], place_BT2[:, :-1]], 1)
         ink_BTG = self.net.inked(from_BT2, place_BT2, was_BT5[..., 2 + DOWN]).cummax(1).values
         number_T = torch.arange(rows, device=before_BT5.device)

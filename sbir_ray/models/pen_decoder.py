@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sbir_ray.data.strokes import CENTRE
-from sbir_ray.models.drawing import DOWN, END, UP, Drawing, Noise, chosen, finished
+from sbir_ray.models.drawing import DOWN, END, PEN_START, UP, Drawing, Noise, chosen, finished
 
 if TYPE_CHECKING:
     from sbir_ray.models.pen import PenGenerator
@@ -64,7 +64,7 @@ class PenDecoder:
         look_BTN = code.new_zeros(batch, steps, len(net.cells_N2))
         ends: list[int | None] = [None] * count
 
-        row_B5 = self.generator.start(code).expand(batch, 5)
+        row_B5 = code.new_tensor(PEN_START).expand(batch, 5)
         place_B2 = code.new_full((batch, 2), CENTRE)
         start_B2 = place_B2
         ink_BG = code.new_zeros(batch, len(net.ink_G2))

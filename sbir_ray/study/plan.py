@@ -195,7 +195,11 @@ class Plan:
         """G and D trained on the labelled pairs alone."""
         alone = replace(config.generator, seed=cell.seed)
         name = "generator" if alone.model == self.base.generator.model else "generator-unattending"
-        return self._train(f"{cell.labelled}/{name}", "generator", alone, {"pairs": cell.pairs})
+        inputs, place = {"pairs": cell.pairs}, cell.labelled
+        if alone.model.kind == "pen" and cell.pool:
+            # It traces the unlabelled photos, so another pool is another generator.
+            inputs["photos"], place = cell.pool, cell.name
+        return self._train(f"{place}/{name}", "generator", alone, inputs)
 
     def _draw(self, how: How, drawer: Train | None, config: JointTraining, cell: Cell) -> Draw:
         """The pool drawn once, filtered as joint training filters."""

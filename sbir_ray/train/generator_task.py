@@ -1,4 +1,4 @@
-"""G on labelled pairs (Eq. 3), and D on its drawings of them (Eq. 5).
+"""G on labelled pairs (Eq. 3) and traced contours, and D on G's drawings (Eq. 5).
 
 Shapes: B rows of the whole batch, b rows of this rank, S the image's side, T points.
 """
@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from sbir_ray.config import GeneratorTraining, OptimConfig
 from sbir_ray.data import raster, strokes
 from sbir_ray.data.pairs import PairSet
+from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.data.strokes import Strokes
 from sbir_ray.errors import UserError
 from sbir_ray.joint import discriminator_losses, generator_losses
 from sbir_ray.models.discriminator import PairDiscriminator
-from sbir_ray.models.generator import Generator
+from sbir_ray.models.generator import Generator, Seen
 from sbir_ray.models.generators import make_generator
 from sbir_ray.places import place
 from sbir_ray.runs import load_generator
 from sbir_ray.train import batch_rows
 from sbir_ray.train.job import Job, OnePlayer, Player, divisible, held_out
+from sbir_ray.train.pen_rows import Traced, framed, slipped
 from sbir_ray.train.position import Stream, rng_of
 from sbir_ray.train.ranks import Ranks
 
@@ -39,15 +41,19 @@ class GeneratorBatch:
     """Number of each photo, and whether it is mirrored."""
     points_bT5: Tensor
     length_b: Tensor
-    noise_bZ: Tensor
-    """Of the latent."""
+    noise_bZ: Tensor | None
+    """Of the latent, if there is one."""
+    seen: Seen | None
+    """How the pen sees the sketches, if it has a pen."""
 
 
 class GeneratorTask(OnePlayer):
-    """G by Eq. 3 on labelled pairs.
+    """G by Eq. 3 on labelled pairs; the pen generator on traced contours as well.
+
+    The job's input ``photos`` names photos without sketches that are traced too.
 
     Args:
-        model: a generator to go on with; None makes a new one.
+        model: a generator to go on with, which knows contours already; None makes a new one.
     """
 
     def __init__(
@@ -64,6 +70,11 @@ class GeneratorTask(OnePlayer):
             strokes.fit(s, sizes.max_points, sizes.epsilon) for s in self.pairs.sketches
         ]
         self.stream = Stream(len(self.sketches), self.config.seed, "sketches")
+        self.photos = self.pairs.photos
+        self.traced: Traced | None = None
+        self.contour_steps = 0 if model is not None else sizes.pen.contour_steps
+        if sizes.kind == "pen" and (self.contour_steps or sizes.pen.contour_share):
+            self._trace(job.inputs.get("photos"))
         torch.manual_seed(self.config.seed)
         if model is None:
             model = make_generator(sizes)
@@ -72,44 +83,98 @@ class GeneratorTask(OnePlayer):
         self.trained: nn.Module = self.model
         self.steps = self.optim.steps
         self.players: Mapping[str, Player] = {"": Player(self.model, self.optim)}
-        self.maps: list[Tensor] = []
+        self.codes: list[Tensor] = []
         if not sizes.train_backbone:
-            # A backbone that does not train gives the same maps in every epoch.
-            self.maps = [self._encode(self.pairs.photos[..., ::way]) for way in (1, -1)]
+            # A backbone that does not train gives the same codes in every epoch.
+            self.codes = [self._encode(self.photos[..., ::way]) for way in (1, -1)]
+
+    def _trace(self, folder: str | None) -> None:
+        """Trace the training photos and, up to a limit, those without sketches."""
+        sizes = self.config.model
+        if folder is not None:
+            more = PhotoSet.load(
+                place(folder),
+                sizes.image_size,
+                at_most=sizes.pen.contour_photos,
+                seed=self.config.seed,
+            )
+            self.photos = np.concatenate([self.photos, more.photos])
+        self.traced = Traced.of(self.photos, sizes.max_points, sizes.epsilon)
+        if not self.traced.sketches:
+            raise UserError(
+                "generator: no photo has a contour to trace; set pen.contour_steps=0 "
+                "and pen.contour_share=0, or kind=paper"
+            )
+        self.traced_stream = Stream(len(self.traced.sketches), self.config.seed, "contours")
 
     def batch(self, step: int) -> GeneratorBatch:
         """This rank's rows of ``step``."""
-        items = self.stream.batch(step, self.optim.batch_size)
+        items = self._items(step)
         photos: list[tuple[int, bool]] = []
-        sequences, noise = [], []
+        befores, sequences, noise, frames, traced_b = [], [], [], [], []
+        sizes, scale = self.config.model, float(self.model.offset_scale)
         for i in self.ranks.mine(len(items)):
-            epoch, sketch = items[i]
-            rng = rng_of(self.config.seed, "row", epoch, sketch)
+            traced, epoch, number = items[i]
+            rng = rng_of(self.config.seed, "contour" if traced else "row", epoch, number)
             flip = rng.random() < self.config.augment.flip
-            photos.append((int(self.pairs.photo_of[sketch]), flip))
-            drawn = strokes.mirror(self.sketches[sketch]) if flip else self.sketches[sketch]
-            sequences.append(self.model.rows(drawn))
-            noise.append(rng.standard_normal(self.config.model.latent, np.float32))
+            source = self.traced if traced else None
+            sketch = self.sketches[number] if source is None else source.sketches[number]
+            photo = self.pairs.photo_of[number] if source is None else source.photo[number]
+            photos.append((int(photo), flip))
+            drawn = strokes.mirror(sketch) if flip else sketch
+            if sizes.kind == "paper":
+                sequences.append(self.model.rows(drawn))
+                noise.append(rng.standard_normal(sizes.latent, np.float32))
+                continue
+            drawn, frame = framed(drawn, rng, sizes.pen)
+            before, rows = slipped(self.model.rows(drawn), sizes.pen.slip / scale, rng)
+            befores.append(before)
+            sequences.append(rows)
+            frames.append(frame)
+            traced_b.append(traced)
         points, lengths = batch_rows.padded(sequences)
-        return GeneratorBatch(photos, points, lengths, torch.from_numpy(np.stack(noise)))
+        if sizes.kind == "paper":
+            latent = torch.from_numpy(np.stack(noise))
+            return GeneratorBatch(photos, points, lengths, latent, None)
+        seen = Seen(
+            batch_rows.padded(befores)[0],
+            torch.from_numpy(np.stack(frames)),
+            torch.tensor(traced_b),
+        )
+        return GeneratorBatch(photos, points, lengths, None, seen)
+
+    def _items(self, step: int) -> list[tuple[bool, int, int]]:
+        """Of each row of ``step``: whether it is traced, the epoch, and which sketch it is."""
+        count, pen = self.optim.batch_size, self.config.model.pen
+        if self.traced is None:
+            return [(False, *item) for item in self.stream.batch(step, count)]
+        if step < self.contour_steps:
+            return [(True, *item) for item in self.traced_stream.batch(step, count)]
+        later, traced = step - self.contour_steps, round(pen.contour_share * count)
+        people = self.stream.batch(later, count - traced)
+        # Behind those of the first steps.
+        skipped = self.contour_steps * count
+        contours = [self.traced_stream.at(skipped + later * traced + i) for i in range(traced)]
+        return [*((False, *item) for item in people), *((True, *item) for item in contours)]
 
     def losses(self, batch: GeneratorBatch, step: int) -> dict[str, Tensor]:
         """The terms of Eq. 3 on the whole batch; gradients reach this rank's rows."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             terms = self.model.nll_of_code(
-                self._maps(batch.photo_b),
+                self._codes(batch.photo_b),
                 batch.points_bT5.to(self.device),
                 batch.length_b.to(self.device),
-                noise_BZ=batch.noise_bZ.to(self.device),
+                noise_BZ=None if batch.noise_bZ is None else batch.noise_bZ.to(self.device),
+                seen=None if batch.seen is None else Seen(*(t.to(self.device) for t in batch.seen)),
             )
         gathered = {name: self.ranks.gather(terms[name]) for name in ("offset", "pen", "kl")}
         return generator_losses(gathered, self.config.model, step)
 
-    def _maps(self, photo_b: Sequence[tuple[int, bool]]) -> Tensor:
-        if self.maps:
-            return torch.stack([self.maps[flip][photo] for photo, flip in photo_b])
+    def _codes(self, photo_b: Sequence[tuple[int, bool]]) -> Tensor:
+        if self.codes:
+            return torch.stack([self.codes[flip][photo] for photo, flip in photo_b])
         pixels = np.stack(
-            [batch_rows.mirrored(self.pairs.photos[photo], flip) for photo, flip in photo_b]
+            [batch_rows.mirrored(self.photos[photo], flip) for photo, flip in photo_b]
         )
         return self.model.encode(torch.from_numpy(pixels).to(self.device))
 

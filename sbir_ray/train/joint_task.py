@@ -124,7 +124,7 @@ class JointTask:
         self.steps_of_g = trained.version
         """Its steps before these: the weight of its KL term goes on rising."""
         generator.backbone.requires_grad_(drawing.model.train_backbone)
-        g_job = Job("generator", job.out, drawing, {"pairs": pairs})
+        g_job = Job("generator", job.out, drawing, {"pairs": pairs, "photos": job.inputs["photos"]})
         self.g = GeneratorTask(g_job, ranks, device, generator)
         critic = load_discriminator(run)
         if critic is None:

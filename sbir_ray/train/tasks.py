@@ -47,11 +47,19 @@ def build(job: Job, ranks: Ranks, device: torch.device, live: Shard | None = Non
 
 
 def generator_jobs(out: str, config: GeneratorTraining, inputs: Mapping[str, str]) -> list[Job]:
-    """The generator, then the discriminator on its drawings, in a folder inside the run."""
+    """The generator, then the discriminator on its drawings, in a folder inside the run.
+
+    Args:
+        inputs: ``pairs``, and maybe ``photos`` without sketches, which a pen generator traces.
+    """
+    if config.model.kind == "paper":
+        inputs = {"pairs": inputs["pairs"]}
     jobs = [Job("generator", out, config, inputs)]
     if config.discriminator.steps:
         critic = str(place(out) / DISCRIMINATOR)
-        jobs.append(Job("discriminator", critic, config, {**inputs, "generator": out}))
+        jobs.append(
+            Job("discriminator", critic, config, {"pairs": inputs["pairs"], "generator": out})
+        )
     return jobs
 
 
@@ -78,7 +86,7 @@ def joint_jobs(out: str, config: JointTraining, inputs: Mapping[str, str]) -> li
     if "generator" not in inputs:
         found["generator"] = str(place(out) / GENERATOR)
         drawing = dataclasses.replace(config.generator, seed=config.seed)
-        jobs += generator_jobs(found["generator"], drawing, pairs)
+        jobs += generator_jobs(found["generator"], drawing, {**pairs, "photos": inputs["photos"]})
     return [*jobs, Job("joint", out, config, found)]
 
 
