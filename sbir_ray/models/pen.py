@@ -251,6 +251,7 @@ class PenGenerator(Generator):
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__(config)
+        self.side = self.backbone.map_side(config.image_size)
         self.net = PenNet(config, self.backbone.channels)
         self.train()
 
@@ -262,7 +263,7 @@ class PenGenerator(Generator):
 
     def look_with(self, net: PenNet, code_BX: Tensor, frame_B23: Tensor | None = None) -> Look:
         """The photos of these codes as a pen of these weights sees them."""
-        size, side = self.config.image_size, self.backbone.map_side(self.config.image_size)
+        size, side = self.config.image_size, self.side
         pixels_BX, map_BX = code_BX.split([3 * size**2, self.backbone.channels * side**2], 1)
         return net.look(
             pixels_BX.unflatten(1, (3, size, size)),
