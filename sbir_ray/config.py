@@ -154,6 +154,8 @@ class GeneratorConfig:
     """kl weight at step t: kl_weight * (1 - (1 - kl_start) * kl_decay^t)."""
 
     def __post_init__(self) -> None:
+        if self.kind == "pen" and not self.attend:
+            raise ValueError("attend: false is of kind=paper alone")
         _at_least("max_points", self.max_points, 2)
         _at_least("mixtures", self.mixtures, 1)
 
@@ -283,6 +285,10 @@ class RetrievalTraining:
     left as it is: those that the folder's own choice keeps. Joint training has filters itself."""
     samples: int = 0
     """Only the first so many drawings of each photo of the PSEUDO folder; 0: as the folder says."""
+    left as it is: those that the folder's own filters kept. Joint training has filters itself."""
+    cpu_bfloat16: bool = False
+    """Half precision on CPUs as well, which those with avx512_bf16 run in two thirds of the time.
+    GPUs always use it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

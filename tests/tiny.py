@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,6 +15,7 @@ from sbir_ray.config import (
     GeneratorTraining,
     JointTraining,
     OptimConfig,
+    PenConfig,
     PolicyConfig,
     RetrievalConfig,
     RetrievalTraining,
@@ -92,13 +94,17 @@ def retrieval_config(steps: int = 4, **changes: object) -> RetrievalTraining:
     )
 
 
-def generator_config(steps: int = 4, **changes: object) -> GeneratorTraining:
+def generator_config(
+    steps: int = 4, kind: Literal["pen", "paper"] = "pen", **changes: object
+) -> GeneratorTraining:
     """A generator and a discriminator that train in seconds, with random weights."""
     return GeneratorTraining(
         model=GeneratorConfig(
             backbone="mobilenetv2",
             weights="none",
             image_size=64,
+            kind=kind,
+            pen=PenConfig(width=16, heads=2, blocks=1, contour_steps=1),
             latent=8,
             hidden=32,
             attention=16,

@@ -70,6 +70,8 @@ class Backbone(nn.Module):
     def forward(self, photo_B3HW: Tensor) -> Tensor:
         """Map (B, C, H, W) of normalised pictures."""
         body: Any = self.body
+        # Half as long again without it, on a CPU.
+        photo_B3HW = photo_B3HW.contiguous(memory_format=torch.channels_last)
         features: Tensor = body.forward_features(photo_B3HW) if self._timm else body(photo_B3HW)
         if features.ndim == 3:
             # A transformer's tokens: those of the class and registers come before the cells'.

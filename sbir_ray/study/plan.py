@@ -194,7 +194,11 @@ class Plan:
     def generator(self, cell: Cell, config: JointTraining) -> Train:
         """G and D trained on the labelled pairs alone."""
         alone = replace(config.generator, seed=cell.seed)
-        name = "generator" if alone.model == self.base.generator.model else "generator-unattending"
+        model, usual = alone.model, self.base.generator.model
+        name = "generator"
+        if model != usual:
+            name += f"-{model.kind}" if model.kind != usual.kind else ""
+            name += "" if model.attend else "-unattending"
         inputs, place = {"pairs": cell.pairs}, cell.labelled
         if alone.model.kind == "pen" and cell.pool:
             # It traces the unlabelled photos, so another pool is another generator.

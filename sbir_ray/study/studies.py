@@ -41,7 +41,17 @@ def _with_policy(kind: Reward) -> Callable[[JointTraining], JointTraining]:
     return lambda config: replace(config, policy=replace(config.policy, kind=kind))
 
 
+def _paper(config: JointTraining) -> JointTraining:
+    """With the paper's generator; it forgets what it learnt when it is trained for longer."""
+    drawing = config.generator
+    optim = replace(drawing.optim, lr=4e-3, weight_decay=0.0, steps=min(drawing.optim.steps, 500))
+    model = replace(drawing.model, kind="paper")
+    return replace(config, generator=replace(drawing, model=model, optim=optim))
+
+
 def _without_attention(config: JointTraining) -> JointTraining:
+    if config.generator.model.kind != "paper":
+        config = _paper(config)
     model = replace(config.generator.model, attend=False)
     return replace(config, generator=replace(config.generator, model=model))
 
@@ -52,12 +62,18 @@ def _vanilla(config: JointTraining) -> JointTraining:
 
 def ablation_variants(base: JointTraining) -> list[Variant]:
     """The rows of the paper's Table 3, the other kinds of rewards, and the controls."""
+    papers = [Variant("no-attention", "without attention", "joint", _without_attention)]
+    if base.generator.model.kind != "paper":
+        papers = [
+            Variant("paper-generator", "with the paper's generator", "joint", _paper),
+            replace(papers[0], title="with the paper's generator, without attention"),
+        ]
     return [
         SUPERVISED,
         JOINT,
         Variant("no-weighting", "without instance weights", "joint", _with_loss(certainty="none")),
         Variant("no-teacher", "without the teacher", "joint", _with_loss(distill="none")),
-        Variant("no-attention", "without attention", "joint", _without_attention),
+        *papers,
         Variant("no-joint", "cached pseudo sketches, without joint training", "generator"),
         Variant("vanilla", "without all four (vanilla SSL)", "generator", _vanilla),
         *(

@@ -208,7 +208,8 @@ class RetrievalTask(OnePlayer):
         return {"labelled": self.stream.size}
 
     def _embed(self, model: RetrievalNet, batch: RetrievalBatch) -> PairRows:
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+        half = self.device.type == "cuda" or self.config.cpu_bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             images = torch.cat([batch.photo_bCSS, batch.extra_nCSS]).to(self.device)
             photos = model.embed_photos(images)
             sketches = model.embed_sketches(batch.sketch_bSS.to(self.device))

@@ -22,6 +22,7 @@ def small(seed: int = 0, **changes: object) -> PaperGenerator:
     """A generator of a few thousand weights (beside its backbone) whose drawings vary."""
     torch.manual_seed(seed)
     settings: dict[str, object] = {
+        "kind": "paper",
         "backbone": "mobilenetv2",
         "weights": "none",
         "image_size": SIZE,

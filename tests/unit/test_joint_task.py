@@ -225,7 +225,7 @@ def test_every_policy_trains_and_its_terms_are_logged(world, tmp_path, kind):
     assert ("policy" in turn) == ("reward" in turn) == (kind in ("reinforce", "both"))
     assert ("soft" in turn) == (kind in ("soft", "both"))
     before, after = weights(world["generator"]), weights(tmp_path / "a")
-    assert not torch.equal(before["output.weight"], after["generator.output.weight"])
+    assert not torch.equal(before["net.output.weight"], after["generator.net.output.weight"])
 
 
 def test_the_same_run_twice_is_the_same_bit_for_bit_and_a_stopped_one_too(world, tmp_path):

@@ -36,7 +36,10 @@ from tests.tiny import tiny_pairs
 from tests.tiny_store import tiny_store
 
 BASE = JointTraining(schedule=ScheduleConfig(steps=23, retrieval_steps=3, generator_steps=2))
-ALL_JOINT = ["full", "no-weighting", "no-teacher", "no-attention"]
+PAPER = {
+    f"generator.{name}" for name in ("model.kind", "optim.lr", "optim.weight_decay", "optim.steps")
+}
+ALL_JOINT = ["full", "no-weighting", "no-teacher", "paper-generator", "no-attention"]
 ALL_JOINT += ["no-policy", "policy-soft", "policy-both"]
 
 
@@ -87,7 +90,7 @@ def test_what_is_shared_is_trained_once_for_each_seed(tmp_path):
     studies.ablation(plan, cells((0, 1)))
     names = [piece.name for piece in trainings(plan)]
     for seed in (0, 1):
-        for once in ("teacher", "generator", "generator-unattending"):
+        for once in ("teacher", "generator", "generator-paper", "generator-paper-unattending"):
             assert names.count(f"labels-0.4/seed-{seed}/{once}") == 1
     assert names.count("judge") == 1
     joint = [p for p in trainings(plan) if p.jobs[0].kind == "joint"]
@@ -103,7 +106,7 @@ def test_what_is_shared_is_trained_once_for_each_seed(tmp_path):
     assert len(set(what)) == len(what)
     drawn = [piece for piece in plan.work.values() if isinstance(piece, Draw)]
     assert sorted({piece.name.split("/")[-1] for piece in drawn}) == [
-        f"drawn-by-{by}" for by in ("contours", "edges", "generator", "generator-unattending")
+        f"drawn-by-{by}" for by in ("contours", "edges", "generator", "generator-paper-unattending")
     ]
 
 
@@ -139,12 +142,13 @@ def test_each_variant_differs_in_what_it_says_and_nothing_else(tmp_path):
         "full": set(),
         "no-weighting": {"retrieval.loss.certainty"},
         "no-teacher": {"retrieval.loss.distill"},
-        "no-attention": {"generator.model.attend"},
+        "paper-generator": PAPER,
+        "no-attention": {"generator.model.attend", *PAPER},
         "no-policy": {"policy.kind"},
         "policy-soft": {"policy.kind"},
         "policy-both": {"policy.kind"},
     }
-    assert jobs["no-attention"].inputs["generator"].endswith("generator-unattending")
+    assert jobs["no-attention"].inputs["generator"].endswith("generator-paper-unattending")
     alone = to_dict(retrieval_alone(plan.base))
     changed = {
         name: differing(alone, to_dict(jobs[name].config)) for name in set(jobs) - set(ALL_JOINT)
@@ -319,7 +323,7 @@ def test_a_training_is_done_when_all_its_runs_are(tmp_path):
         for kind in ("generator", "discriminator")
     )
     piece = Train("g", jobs)
-    assert piece.cost == 500 + 400
+    assert piece.cost == 1200 + 400
     assert not piece.done
     assert piece.spent == 0
     for job, status in zip(jobs, ("done", "running"), strict=True):

@@ -56,8 +56,8 @@ def test_photo_and_sketch_are_mirrored_together_for_retrieval(pairs):
 
 
 def test_photo_and_sketch_are_mirrored_together_for_the_generator(pairs):
-    plain = task_of("generator", generator_config(augment=NO_CHANGE), pairs=pairs)
-    flipped = task_of("generator", generator_config(augment=FLIPPED), pairs=pairs)
+    plain = task_of("generator", generator_config(kind="paper", augment=NO_CHANGE), pairs=pairs)
+    flipped = task_of("generator", generator_config(kind="paper", augment=FLIPPED), pairs=pairs)
     a, b = plain.batch(0), flipped.batch(0)
     assert [flip for _, flip in a.photo_b] == [False] * 4
     assert [flip for _, flip in b.photo_b] == [True] * 4
@@ -66,7 +66,7 @@ def test_photo_and_sketch_are_mirrored_together_for_the_generator(pairs):
         torch.testing.assert_close(mirrored[:points, 0], -row[:points, 0], atol=1e-5, rtol=0)
         torch.testing.assert_close(mirrored[:points, 1:], row[:points, 1:])
     pixels = torch.from_numpy(plain.pairs.photos[..., ::-1].copy())
-    torch.testing.assert_close(plain.maps[1], plain.model.encode(pixels))
+    torch.testing.assert_close(plain.codes[1], plain.model.encode(pixels))
 
 
 def test_the_default_augmentation_mirrors_half_of_the_generators_pairs(pairs):
