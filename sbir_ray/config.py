@@ -285,7 +285,6 @@ class RetrievalTraining:
     left as it is: those that the folder's own choice keeps. Joint training has filters itself."""
     samples: int = 0
     """Only the first so many drawings of each photo of the PSEUDO folder; 0: as the folder says."""
-    left as it is: those that the folder's own filters kept. Joint training has filters itself."""
     cpu_bfloat16: bool = False
     """Half precision on CPUs as well, which those with avx512_bf16 run in two thirds of the time.
     GPUs always use it."""
