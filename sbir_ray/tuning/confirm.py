@@ -10,7 +10,7 @@ from sbir_ray.runlog import Progress
 from sbir_ray.study.execute import execute
 from sbir_ray.study.intervals import METHOD, Found, accuracy, difference, shares
 from sbir_ray.study.work import Measure, Train, Work
-from sbir_ray.tuning.records import DEFAULT, Trial
+from sbir_ray.tuning.records import Trial
 from sbir_ray.tuning.request import Effort
 from sbir_ray.tuning.trial import Phase, TrialSpec
 
@@ -43,7 +43,7 @@ def confirm(
         query; ``caution`` and ``method`` for people.
     """
     said = {"caution": CAUTION, "method": METHOD}
-    if winner.number == DEFAULT:
+    if winner.untouched:
         return {"status": "default", **said}
     if not effort.seeds:
         return {"status": "skipped", **said}

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbir_ray.study.intervals import accuracy, difference
-from sbir_ray.tuning.records import DEFAULT, Trial, Trials
+from sbir_ray.tuning.records import Trial, Trials
 from sbir_ray.tuning.space import Knob, Value
 
 Floats = NDArray[np.float64]
@@ -36,8 +36,9 @@ def intervals(trials: Trials, trial: Trial) -> dict[str, Any]:
     values: dict[str, Any] = {
         "accuracy": {name: one.to_json() for name, one in accuracy([found]).items()}
     }
-    if trial.number != DEFAULT and DEFAULT in trials and trials[DEFAULT].status == "done":
-        gained = difference([found], [trials.measured(DEFAULT)])
+    default = next((one for one in trials.done() if one.untouched), None)
+    if default is not None and default is not trial:
+        gained = difference([found], [trials.measured(default.number)])
         values["difference"] = {name: one.to_json() for name, one in gained.items()}
     return values
 

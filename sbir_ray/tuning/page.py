@@ -44,13 +44,13 @@ def headline(values: Mapping[str, Any]) -> str:
     trials = {trial["number"]: trial for trial in values["trials"]}
     best = trials[values["best"]["number"]]
     own = best["accuracy"][metric]["mean"]
-    if best["number"] == DEFAULT:
+    if values["confirmed"]["status"] == "default":
         return (
             f"No trial beat the default: {100 * own:.1f}% {metric} on validation is the most that "
             "was found."
         )
     text = f"Trial {best['number']} reaches {100 * own:.1f}% {metric} on validation"
-    default = trials.get(DEFAULT, {}).get("accuracy")
+    default = trials[DEFAULT].get("accuracy") if not trials[DEFAULT]["changes"] else None
     text += f", the default {100 * default[metric]['mean']:.1f}%" if default else ""
     if confirmed["status"] != "done":
         return text + " on the sweep's own seed, which chose it: not confirmed by other seeds."

@@ -49,6 +49,11 @@ class Trial:
         return None
 
     @property
+    def untouched(self) -> bool:
+        """Whether it is the default, to its end; in a population it may take up others' knobs."""
+        return self.number == DEFAULT and not self.changes
+
+    @property
     def last_step(self) -> int:
         """The newest step that was measured; 0 before the first."""
         return int(self.evaluations[-1]["step"]) if self.evaluations else 0

@@ -189,3 +189,33 @@ def test_a_sweep_whose_processes_were_killed_goes_on(data, tmp_path, cluster):
     words += ["--searcher", "random", "--scheduler", "none", "--trials", "3", "--seeds", "1"]
     killed_at_the_first_finished_trial([*words, "--parallel", "1", "--out", str(out)], out)
     gone_on(data, out)
+
+
+@pytest.mark.slow
+def test_a_population_finds_a_schedule_that_trains_again(data, tmp_path, cluster):
+    space = tmp_path / "schedule.toml"
+    space.write_text('trains = "semi"\n[knob."optim.lr"]\nrange = [1e-5, 1e-2]\nscale = "log"\n')
+    found_space = read_space(space)
+    config = load(found_space.training, data / "base.toml", ["optim.schedule=constant"])
+    request = request_of(data, space=found_space, file=space, config=config, scheduler="pbt")
+    out = tmp_path / "sweep"
+    found = run_sweep(request, Effort(trials=4, seeds=1, parallel=2), out, progress=quiet)
+    assert [one["status"] for one in found["trials"]] == ["done"] * 4
+    for one in found["trials"]:
+        assert [line["step"] for line in one["evaluations"]] == [1, 2, 3, 4]
+    phases = found["best"]["phases"]
+    assert phases[-1]["end"] == 4
+    changed = [change for one in found["trials"] for change in one["changes"]]
+    assert changed  # the worst of four took up the best's network
+    assert {change["came_from"] for change in changed} <= {0, 1, 2, 3}
+    if len(phases) > 1:
+        files = sorted((out / "schedule").glob("*.toml"))
+        assert [load(found_space.training, file).optim.steps for file in files] == [
+            phase["end"] for phase in phases
+        ]
+    after = trained(out)
+    assert (
+        run_sweep(request, Effort(trials=4, seeds=1), out, progress=quiet)["trials"]
+        == (found["trials"])
+    )
+    assert trained(out) == after
