@@ -1,7 +1,8 @@
 """The command line: ``sbir-ray COMMAND``, each step of the way by itself, and all of it as a demo.
 
 Results go to standard output (with ``--json`` as one JSON object), progress and messages to
-standard error. Exit codes: 0 done, 1 failed, 2 something the user has to change, 3 damaged files.
+standard error. Exit codes: 0 done, 1 failed, 2 something the user has to change, 3 damaged files,
+130 and 143 interrupted (Ctrl-C, SIGTERM): the same command goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from sbir_ray.cli_options import (
     with_settings,
 )
 from sbir_ray.doctor_cli import doctor
-from sbir_ray.errors import SbirError, UserError
+from sbir_ray.errors import SbirError, StoppedError, UserError
 from sbir_ray.pseudo_cli import pseudo
 from sbir_ray.study_cli import study
 from sbir_ray.submit import refuse_other_versions
@@ -47,6 +48,9 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
     except SbirError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

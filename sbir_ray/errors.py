@@ -26,3 +26,9 @@ class DamagedError(SbirError):
     """A file that this program wrote is incomplete or was changed: the message says which."""
 
     exit_code = 3
+
+
+class StoppedError(SbirError):
+    """Training was asked to end (SIGTERM) and did so: the same command goes on from there."""
+
+    exit_code = 143

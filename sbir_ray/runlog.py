@@ -291,6 +291,28 @@ def building(out: Path, request: Mapping[str, Any]) -> Iterator[Path]:
 
 
 @contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """``folder`` for this process alone; the lock ends with the process, however it ends. An object
+    store has no locks: there nothing is refused.
+
+    Raises:
+        UserError: another process has it.
+    """
+    if not is_local(folder):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder}: another process is writing it; wait for it or stop it"
+            ) from error
+        yield
+
+
+@contextmanager
 def _building_there(out: Path, request: Mapping[str, Any]) -> Iterator[None]:
     """:func:`building` in an object store, which cannot rename: in ``out`` itself, which is being
     made while it has a ``request.json``. Its header is written last, so nobody reads it before."""

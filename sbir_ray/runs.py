@@ -121,15 +121,14 @@ def _config(cls: type[T], record: dict[str, Any], run: Path) -> T:
 
 
 def _restored(run: Path, model: M, record: dict[str, Any], name: str) -> Trained[M]:
-    found = checkpoint.load(run, with_optim=False)
+    found = checkpoint.load(run, with_optim=False, identity=record.get("digest"))
     if found is None:
         raise UserError(f"{run}: has no checkpoint yet; let its training go on by the same command")
     start = f"{name}." if record["kind"] == JOINT else ""
     weights = {k.removeprefix(start): v for k, v in found.model.items() if k.startswith(start)}
     _fill(model, weights, found.path)
-    sha = checkpoint.verify(found.path)["files"]["model.safetensors"]["sha256"]
     model.eval()
-    return Trained(model, found.step, str(sha)[:12], record)
+    return Trained(model, found.step, found.digest, record)
 
 
 def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:

@@ -14,8 +14,8 @@ def interrupted(train: Callable[[], Any]) -> None:
     """Run ``train`` until it has saved its first checkpoint, and no further."""
     save = checkpoint.save
 
-    def killed_after(*args: Any) -> None:
-        save(*args)
+    def killed_after(*args: Any, **named: Any) -> None:
+        save(*args, **named)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

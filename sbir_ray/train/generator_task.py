@@ -29,7 +29,7 @@ from sbir_ray.runs import load_generator
 from sbir_ray.train import batch_rows
 from sbir_ray.train.job import Job, OnePlayer, Player, divisible, held_out
 from sbir_ray.train.pen_rows import Traced, framed, slipped
-from sbir_ray.train.position import Stream, rng_of
+from sbir_ray.train.position import Stream, identity, rng_of
 from sbir_ray.train.ranks import Ranks
 
 
@@ -70,7 +70,7 @@ class GeneratorTask(OnePlayer):
             strokes.fit(s, sizes.max_points, sizes.epsilon) for s in self.pairs.sketches
         ]
         self.stream = Stream(len(self.sketches), self.config.seed, "sketches")
-        self.photos = self.pairs.photos
+        self.photos, self.photo_ids = self.pairs.photos, list(self.pairs.photo_ids)
         self.traced: Traced | None = None
         self.contour_steps = 0 if model is not None else sizes.pen.contour_steps
         if sizes.kind == "pen" and (self.contour_steps or sizes.pen.contour_share):
@@ -99,6 +99,7 @@ class GeneratorTask(OnePlayer):
                 seed=self.config.seed,
             )
             self.photos = np.concatenate([self.photos, more.photos])
+            self.photo_ids += more.photo_ids
         self.traced = Traced.of(self.photos, sizes.max_points, sizes.epsilon)
         if not self.traced.sketches:
             raise UserError(
@@ -167,7 +168,12 @@ class GeneratorTask(OnePlayer):
                 noise_BZ=None if batch.noise_bZ is None else batch.noise_bZ.to(self.device),
                 seen=None if batch.seen is None else Seen(*(t.to(self.device) for t in batch.seen)),
             )
-        gathered = {name: self.ranks.gather(terms[name]) for name in ("offset", "pen", "kl")}
+        names = ("offset", "pen", "kl")
+        self.ranks.watch(
+            [self.photo_ids[photo] for photo, _ in batch.photo_b],
+            *(terms[name] for name in names),
+        )
+        gathered = {name: self.ranks.gather(terms[name]) for name in names}
         return generator_losses(gathered, self.config.model, step)
 
     def _codes(self, photo_b: Sequence[tuple[int, bool]]) -> Tensor:
@@ -210,15 +216,16 @@ class GeneratorTask(OnePlayer):
                 sums[name] = sums.get(name, 0.0) + float(terms[name].sum()) / count
         return sums
 
-    def state(self) -> dict[str, Any]:
-        """What identifies the data position, beside the step."""
-        return {"sketches": self.stream.size}
+    def data(self) -> dict[str, Any]:
+        """See :class:`OnePlayer`."""
+        return {"sketches": identity(self.pairs.sketch_ids)}
 
 
 @dataclass(frozen=True)
 class DiscriminatorBatch:
     """Real rows, drawn rows and wrong rows of this rank."""
 
+    photo_ids: list[str]
     photo_bCSS: Tensor
     real_bSS: Tensor
     drawn_bSS: Tensor
@@ -272,7 +279,7 @@ class DiscriminatorTask(OnePlayer):
         """This rank's rows of ``step``; real and drawn sketches are augmented alike."""
         d, augment = self.config.discriminator, self.config.augment
         items = self.stream.batch(step, d.batch_size)
-        photos, wrongs = [], []
+        photos, wrongs, ids = [], [], []
         real: list[Strokes] = []
         drawn: list[Strokes] = []
         for i in self.ranks.mine(len(items)):
@@ -283,6 +290,7 @@ class DiscriminatorTask(OnePlayer):
                 self.pairs.photo_ids
             )
             flip = rng.random() < augment.flip
+            ids.append(self.pairs.photo_ids[photo])
             photos.append(batch_rows.mirrored(self.pairs.photos[photo], flip))
             wrongs.append(batch_rows.mirrored(self.pairs.photos[other], flip))
             for source, into in (
@@ -295,6 +303,7 @@ class DiscriminatorTask(OnePlayer):
                 )
                 into.append(batch_rows.augmented(fitted, flip, augment, rng))
         return DiscriminatorBatch(
+            ids,
             torch.from_numpy(np.stack(photos)),
             torch.from_numpy(raster.rasterise(real, d.image_size)),
             torch.from_numpy(raster.rasterise(drawn, d.image_size)),
@@ -307,18 +316,21 @@ class DiscriminatorTask(OnePlayer):
         drawn = batch.drawn_bSS.to(self.device)
         wrong = None
         if not self.config.discriminator.plain:
-            wrong = self._logits(batch.wrong_bCSS.to(self.device), real)
-        return discriminator_losses(self._logits(photo, real), self._logits(photo, drawn), wrong)
+            wrong = self._logits(batch, batch.wrong_bCSS.to(self.device), real)
+        return discriminator_losses(
+            self._logits(batch, photo, real), self._logits(batch, photo, drawn), wrong
+        )
 
-    def _logits(self, photo: Tensor, sketch: Tensor) -> Tensor:
+    def _logits(self, batch: DiscriminatorBatch, photo: Tensor, sketch: Tensor) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             logits = self.model(photo, sketch)
+        self.ranks.watch(batch.photo_ids, logits)
         return self.ranks.gather(logits.float())
 
     def evaluate(self) -> dict[str, float]:
         """Nothing: D is judged by how its certainty orders the pseudo pairs."""
         return {}
 
-    def state(self) -> dict[str, Any]:
-        """What identifies the data position, beside the step."""
-        return {"sketches": self.stream.size}
+    def data(self) -> dict[str, Any]:
+        """See :class:`OnePlayer`."""
+        return {"sketches": identity(self.pairs.sketch_ids)}

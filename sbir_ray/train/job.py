@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sbir_ray.config import AdamConfig, GeneratorTraining, JointTraining, RetrievalTraining
 from sbir_ray.data.pairs import PairSet, read_header
 from sbir_ray.errors import UserError
+from sbir_ray.train.position import check_position
 from sbir_ray.train.ranks import Ranks
 
 Config = RetrievalTraining | GeneratorTraining | JointTraining
@@ -97,7 +98,11 @@ class Task(Protocol):
         ...
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
-        """Take up after ``step`` steps: the weights are in place; ``state`` is {} for step 0."""
+        """Take up after ``step`` steps: the weights are in place; ``state`` is {} for step 0.
+
+        Raises:
+            UserError: the data are no longer those of ``state``.
+        """
         ...
 
     def finish(self) -> None:
@@ -126,8 +131,18 @@ class OnePlayer:
         """Nothing more to do."""
         return {}
 
+    def data(self) -> dict[str, Any]:
+        """What the rows are rows of, see :func:`position.check_position`."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """The rows are a function of the step and of this."""
+        return {"data": self.data()}
+
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
-        """The rows are a function of the step."""
+        """See :class:`Task`."""
+        if step:
+            check_position(state.get("data", {}), self.data(), f"step {step}")
 
     def finish(self) -> None:
         """Nothing more to do."""

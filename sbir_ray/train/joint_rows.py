@@ -440,6 +440,8 @@ class PolicyBatch:
     photo_g: Tensor
     photo_d: Tensor
     """uint8 (R, 3, S, S), at the sides of F, G and D."""
+    photo_ids: list[str]
+    """Of the drawings."""
     photo_id_R: Tensor
     """int64, of ``number_of``: the same photo may come twice."""
     row_of_b: Tensor
@@ -457,7 +459,8 @@ class PolicyBatch:
 
     def to(self, device: torch.device) -> Self:
         """On ``device``."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()}
         return dataclasses.replace(self, **moved)
 
 
@@ -481,6 +484,7 @@ def policy_batch(rows: Sequence[LiveRow], sides: Sides, config: GeneratorTrainin
         photo_f=photos(sides.f),
         photo_g=photos(sides.g),
         photo_d=photos(sides.d),
+        photo_ids=[rows[i].photo_id for i, _ in samples],
         photo_id_R=torch.tensor([number_of(row.photo_id) for row in rows]),
         row_of_b=torch.tensor([i for i, _ in samples]),
         rows_bT5=points,

@@ -54,7 +54,7 @@ from sbir_ray.train.joint_rows import (
     pseudo_rows,
     some_photos,
 )
-from sbir_ray.train.position import Stream
+from sbir_ray.train.position import Stream, check_position, identity
 from sbir_ray.train.ranks import Ranks
 from sbir_ray.train.retrieval_task import RetrievalBatch, RetrievalTask, one_column_each
 
@@ -252,13 +252,15 @@ class JointTask:
         rising = ramp(step, schedule.pseudo_warmup, schedule.pseudo_ramp)
         f = self.f.losses(batch.pairs, step, rising)
         rows = batch.critic
+        people = batch.pairs.photo_ids[: batch.pairs.labelled]
+        unlabelled = batch.pairs.photo_ids[batch.pairs.labelled :]
         wrong = own = None
         if rows.wrong_bCSS is not None and rows.own_bSS is not None:
-            wrong = self._logits(rows.wrong_bCSS, rows.real_bSS)
-            own = self._logits(rows.photo_bCSS, rows.own_bSS)
+            wrong = self._logits(people, rows.wrong_bCSS, rows.real_bSS)
+            own = self._logits(people, rows.photo_bCSS, rows.own_bSS)
         d = discriminator_losses(
-            self._logits(rows.photo_bCSS, rows.real_bSS),
-            self._logits(rows.photo_uCSS, rows.drawn_uSS),
+            self._logits(people, rows.photo_bCSS, rows.real_bSS),
+            self._logits(unlabelled, rows.photo_uCSS, rows.drawn_uSS),
             wrong,
             own,
         )
@@ -266,9 +268,10 @@ class JointTask:
         named = {k if k.startswith("certainty") else f"d_{k}": v for k, v in d.items()}
         return {"loss": loss, **f, **named}
 
-    def _logits(self, photo: Tensor, sketch: Tensor) -> Tensor:
+    def _logits(self, photo_ids: list[str], photo: Tensor, sketch: Tensor) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             logits: Tensor = self.d(photo.to(self.device), sketch.to(self.device))
+        self.ranks.watch(photo_ids, logits)
         return self.ranks.gather(logits.float())
 
     def _generator_turn(self, batch: GeneratorTurn, step: int) -> dict[str, Tensor]:
@@ -303,6 +306,7 @@ class JointTask:
         if config.baseline == "greedy":
             every = torch.arange(len(map_RCHW), device=self.device)
             greedy_R = self._rewards(drawn, every, drawn.pseudo_f, drawn.pseudo_d, photos)
+        self.ranks.watch(drawn.photo_ids, log_prob_BT, drawn.behaviour_b, reward_b)
         return PolicyRows(
             log_prob_B=gather(log_prob_BT.sum(1)),
             rows_B=gather(drawn.length_b),
@@ -345,6 +349,7 @@ class JointTask:
         margin = self.config.retrieval.loss.margin
         retrieval_R = mean_triplet(sketch_RD, photos.photo_PD, photos.of_R, margin)
         certainty_R = self.d.certainty(drawn.photo_d, small_RSS)
+        self.ranks.watch(drawn.photo_ids[:: config.samples], retrieval_R, certainty_R)
         return soft_losses(self.ranks.gather(retrieval_R), self.ranks.gather(certainty_R), config)
 
     @torch.no_grad()
@@ -378,8 +383,16 @@ class JointTask:
         if self.live is not None and self.ranks.rank == 0:
             self.live.publish(version, weights)
 
+    def _data(self) -> dict[str, Any]:
+        found = {**self.f.data(), **self.g.data()}
+        if isinstance(self.rows.source, LearnersDraw):
+            found["photos"] = identity(self.rows.source.ids)
+        return found
+
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """See :class:`Task`."""
+        if step:
+            check_position(state.get("data", {}), self._data(), f"{self.run}: step {step}")
         self.rows.restore(state.get("rows", {}))
         self._publish(self.version(step))
         if self.ranks.rank == 0:
@@ -393,7 +406,7 @@ class JointTask:
         rows = self.rows.state()
         if self.ranks.rank == 0:
             self.rows.write(self.run, rows)
-        return {"rows": rows, "labelled": self.f.stream.size}
+        return {"rows": rows, "data": self._data()}
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy of F and likelihood of G on the validation split (empty when it has none)."""

@@ -6,31 +6,39 @@ death, and the same command repeated, both go on from the newest checkpoint of t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sbir_ray import checkpoint
 from sbir_ray.config import JointTraining
-from sbir_ray.errors import SbirError, UserError
+from sbir_ray.errors import DamagedError, SbirError, StoppedError, UserError
 from sbir_ray.places import append_text, arrow_file_system, place, remove_tree
-from sbir_ray.runlog import Progress
+from sbir_ray.runlog import Progress, locked
 from sbir_ray.runs import read_run
 from sbir_ray.stream.cluster import connect, logical_cpus
 from sbir_ray.stream.fit import Group, request_of, sent_to
 from sbir_ray.train.job import Job
 from sbir_ray.train.ranks import Ranks
+from sbir_ray.train.stop_request import FILE, StopRequest, listening
 
 if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
     from sbir_ray.stream.live import Shard
 
 MESSAGES = "messages.log"
 _POLL = 0.5
+_RETRIES = 2
+"""Times in a row that a worker group is started again by Ray."""
+_ERRORS = {kind.__name__: kind for kind in (SbirError, UserError, DamagedError, StoppedError)}
 
 
 @dataclass(frozen=True)
@@ -73,41 +81,58 @@ def train(
         The last evaluation of each job.
 
     Raises:
-        SbirError: what a worker found wrong, in its words.
+        SbirError: what a worker found wrong, in its words; or the workers died again and again.
+        StoppedError: SIGTERM came; the runs were saved.
+        UserError: another process trains one of them, or so many workers do not fit.
     """
-    for job in jobs:
-        place(job.out).mkdir(parents=True, exist_ok=True)
-    stop = threading.Event()
-    follower = threading.Thread(target=_follow, args=(jobs, progress, stop), daemon=True)
-    if progress is not None:
-        follower.start()
+    if not jobs:
+        return []
+    with contextlib.ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(locked(place(job.out)))
+        follow = None if progress is None else _following(jobs, progress)
+        with follow or contextlib.nullcontext():
+            return _train(
+                jobs, workers, gpu, cpus_per_worker, address, actors or Actors(), worker_resource
+            )
+
+
+def _train(
+    jobs: Sequence[Job],
+    workers: int,
+    gpu: bool,
+    cpus_per_worker: float | None,
+    address: str | None,
+    actors: Actors,
+    worker_resource: str,
+) -> list[dict[str, Any]]:
+    request = place(jobs[0].out).resolve() / FILE
     # What draws for a job starts from the runs of the jobs before it.
     alone, streamed = list(jobs), []
-    if jobs and isinstance(jobs[-1].config, JointTraining) and not jobs[-1].config.stream.sync:
+    if isinstance(jobs[-1].config, JointTraining) and not jobs[-1].config.stream.sync:
         alone, streamed = list(jobs[:-1]), [jobs[-1]]
-    try:
-        if workers == 0 and not streamed:
-            return _run(alone, gpu, Ranks())
-        here = not (address or os.environ.get("RAY_ADDRESS"))
-        share = len(os.sched_getaffinity(0)) // max(workers, 1) if here else 1
-        drawing = actors or Actors()
-        if here and streamed:
-            # Ray's own CPUs are at least so many, also where the machine's are fewer.
-            left = logical_cpus() - drawing.least * drawing.cpus - 1
-            share = min(share, int(left // max(workers, 1)))
-        cpus = cpus_per_worker or float(max(1, share))
-        group = _Group(workers, gpu, cpus, worker_resource)
-        asked = Group("--workers", workers, cpus, float(gpu), worker_resource)
-        draw = Group("--actors", drawing.least, drawing.cpus, drawing.gpus, drawing.on)
-        with connect(address, request=request_of(asked, draw if streamed else None)):
-            results = group.run(alone) if alone else []
-            for job in streamed:
-                results += _run_streamed(job, group, drawing)
-            return results
-    finally:
-        stop.set()
-        if progress is not None:
-            follower.join()
+    if workers == 0 and not streamed:
+        with listening(request):
+            return _run(alone, gpu, Ranks(), StopRequest(request))
+    here = not (address or os.environ.get("RAY_ADDRESS"))
+    share = len(os.sched_getaffinity(0)) // max(workers, 1) if here else 1
+    if here and streamed:
+        # Ray's own CPUs are at least so many, also where the machine's are fewer.
+        left = logical_cpus() - actors.least * actors.cpus - 1
+        share = min(share, int(left // max(workers, 1)))
+    cpus = cpus_per_worker or float(max(1, share))
+    group = _Group(workers, gpu, cpus, worker_resource, StopRequest(request))
+    asked = Group("--workers", workers, cpus, float(gpu), worker_resource)
+    draw = Group("--actors", actors.least, actors.cpus, actors.gpus, actors.on)
+    # Ray takes SIGTERM for itself when it starts.
+    with (
+        connect(address, request=request_of(asked, draw if streamed else None)),
+        listening(request),
+    ):
+        results = group.run(alone) if alone else []
+        for job in streamed:
+            results += _run_streamed(job, group, actors)
+        return results
 
 
 def _run_streamed(job: Job, group: _Group, actors: Actors) -> list[dict[str, Any]]:
@@ -169,19 +194,58 @@ class _Group:
     gpu: bool
     cpus: float
     on: str
+    stop: StopRequest
 
     def run(self, jobs: Sequence[Job], shards: Sequence[Shard] = ()) -> list[dict[str, Any]]:
         """The last evaluation of each job."""
         if self.workers == 0:
-            return _run(jobs, self.gpu, Ranks(), shards)
+            return _run(jobs, self.gpu, Ranks(), self.stop, shards)
         return _with_ray(jobs, self, shards)
 
 
 def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> list[dict[str, Any]]:
+    """Workers of Ray Train, started again as long as they get further before they die."""
+    from ray.train import TrainingFailedError
+
+    storage = place(jobs[0].out).resolve() / "ray"
+    while True:
+        # Of a driver that was killed, too.
+        remove_tree(storage)
+        before = _reached(jobs)
+        try:
+            answer = _trainer(jobs, group, shards, storage).fit().return_value
+            break
+        except TrainingFailedError as error:
+            line = " ".join(str(error).split())[:300]
+            if _reached(jobs) == before:
+                raise SbirError(
+                    f"{jobs[0].out}: the workers died {_RETRIES + 1} times without getting "
+                    f"further; see their logs ({line})"
+                ) from error
+        finally:
+            remove_tree(storage)
+    if "error" in answer:
+        raise _ERRORS[answer["kind"]](answer["error"])
+    results: list[dict[str, Any]] = answer["results"]
+    return results
+
+
+def _reached(jobs: Sequence[Job]) -> list[Any]:
+    """What would differ if a run had got further."""
+    found: list[Any] = []
+    for job in jobs:
+        run = place(job.out)
+        status = read_run(run)["status"] if (run / "run.json").exists() else ""
+        found.append((status, [entry.step for entry in checkpoint.listed(run)]))
+    return found
+
+
+def _trainer(
+    jobs: Sequence[Job], group: _Group, shards: Sequence[Shard], storage: Path
+) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    storage = place(jobs[0].out).resolve() / "ray"
     system, folder = arrow_file_system(storage)
     gpu = group.gpu
     patience = math.ceil(2 * max((shard.wait_limit for shard in shards), default=0.0))
@@ -192,8 +256,9 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
         "gpu": gpu,
         "threads": math.ceil(group.cpus),
         "shards": list(shards),
+        "stop": group.stop,
     }
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _worker,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
@@ -207,15 +272,13 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
             name=uuid.uuid4().hex,
             storage_path=folder,
             storage_filesystem=system,
-            failure_config=FailureConfig(max_failures=2, controller_failure_limit=3),
+            failure_config=FailureConfig(
+                max_failures=_RETRIES,
+                controller_failure_limit=_RETRIES + 1,
+                max_preemption_failures=_RETRIES,
+            ),
         ),
     )
-    answer = trainer.fit().return_value
-    remove_tree(storage)
-    if "error" in answer:
-        raise (UserError if answer["user"] else SbirError)(answer["error"])
-    results: list[dict[str, Any]] = answer["results"]
-    return results
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -228,14 +291,16 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(settings["threads"])
     try:
         ranks = Ranks(context.get_world_rank(), context.get_world_size())
-        results = _run(settings["jobs"], settings["gpu"], ranks, settings["shards"])
+        results = _run(
+            settings["jobs"], settings["gpu"], ranks, settings["stop"], settings["shards"]
+        )
         return {"results": results}
     except SbirError as error:
-        return {"error": str(error), "user": isinstance(error, UserError)}
+        return {"error": str(error), "kind": type(error).__name__}
 
 
 def _run(
-    jobs: Sequence[Job], gpu: bool, ranks: Ranks, shards: Sequence[Shard] = ()
+    jobs: Sequence[Job], gpu: bool, ranks: Ranks, stop: StopRequest, shards: Sequence[Shard] = ()
 ) -> list[dict[str, Any]]:
     import torch
 
@@ -249,15 +314,27 @@ def _run(
             if ranks.rank == 0:
                 append_text(place(job.out) / MESSAGES, line + "\n")
 
-        results.append(fit(job, ranks, device, say, shards[ranks.rank] if shards else None))
+        live = shards[ranks.rank] if shards else None
+        results.append(fit(job, ranks, device, say, live, stop))
     return results
 
 
+@contextlib.contextmanager
+def _following(jobs: Sequence[Job], progress: Callable[[str], Progress]) -> Iterator[None]:
+    """Show, meanwhile, the lines that rank 0 writes to the run folders, wherever it runs."""
+    stop = threading.Event()
+    follower = threading.Thread(target=_follow, args=(jobs, progress, stop), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        follower.join()
+
+
 def _follow(
-    jobs: Sequence[Job], progress: Callable[[str], Progress] | None, stop: threading.Event
+    jobs: Sequence[Job], progress: Callable[[str], Progress], stop: threading.Event
 ) -> None:
-    """Show the lines that rank 0 writes to the run folders, wherever it runs."""
-    assert progress is not None
     for job in jobs:
         run = place(job.out)
         title = f"train {job.kind} {run.name}"

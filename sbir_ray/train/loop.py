@@ -7,8 +7,9 @@ import ctypes
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,15 @@ import torch
 from torch import Tensor
 
 from sbir_ray import checkpoint
-from sbir_ray.config import AdamConfig
-from sbir_ray.errors import SbirError, UserError
-from sbir_ray.places import place
+from sbir_ray.errors import SbirError, StoppedError, UserError
+from sbir_ray.places import append_text, is_local, place, write_bytes
 from sbir_ray.runlog import versions, write_json_atomic
 from sbir_ray.runs import read_run
 from sbir_ray.strict import SCHEMA_VERSION, digest, to_dict
 from sbir_ray.train.job import Board, Job, Task
+from sbir_ray.train.position import rng_of
 from sbir_ray.train.ranks import Ranks
+from sbir_ray.train.step import take_step
 from sbir_ray.train.tasks import build
 
 if TYPE_CHECKING:
@@ -33,38 +35,28 @@ MAX_SKIPPED = 10
 """Steps in a row whose loss or gradient is not finite before the run fails."""
 
 
-def learning_rate(step: int, steps: int, adam: AdamConfig) -> float:
-    """The rate of ``step`` of ``steps``: ``constant``, or ``one_cycle``: a cosine up over the first
-    30% of the steps from lr / 25, and a cosine down to almost 0."""
-    if adam.schedule == "constant":
-        return adam.lr
-    peak = max(1.0, 0.3 * steps)
-    if step < peak:
-        low, high, part = adam.lr / 25, adam.lr, step / peak
-    else:
-        low, high, part = adam.lr / 1e4, adam.lr, 1 - (step - peak) / max(1.0, steps - peak)
-    return low + (high - low) * 0.5 * (1 - math.cos(math.pi * part))
-
-
 def fit(
     job: Job,
     ranks: Ranks,
     device: torch.device,
     say: Callable[[str], None],
     live: Shard | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train ``job`` to its last step, from its newest checkpoint if it has one.
 
     Args:
         say: takes one line for the user.
         live: where this rank of joint training gets drawings that actors make; None: it draws.
+        stop: asked before each step whether to end after it; the answer of rank 0 counts.
 
     Returns:
         The last evaluation, as in ``run.json``.
 
     Raises:
         SbirError: the loss or the gradient was not finite for :data:`MAX_SKIPPED` steps in a row.
-        UserError: the run folder holds another configuration's run.
+        UserError: the run folder holds another configuration's run, or its data have changed.
+        StoppedError: ``stop`` said so, and the run was saved.
     """
     config = job.config
     run = place(job.out)
@@ -75,114 +67,158 @@ def fit(
     if device.type == "cpu":
         _keep_memory()
     torch.manual_seed(config.seed)
-    task = build(job, ranks, device, live)
-    optimizers = {
-        name: torch.optim.AdamW(
-            player.parameters,
-            lr=player.adam.lr,
-            betas=(player.adam.beta1, 0.999),
-            weight_decay=player.adam.weight_decay,
-        )
-        for name, player in task.players.items()
-    }
-    start = _restore(run, job.inputs.get("begin", ""), task, optimizers, say)
+    identity = str(record["digest"])
+    with _shared(ranks):
+        task = build(job, ranks, device, live)
+        optimizers = {
+            name: torch.optim.AdamW(
+                player.parameters,
+                lr=player.adam.lr,
+                betas=(player.adam.beta1, 0.999),
+                weight_decay=player.adam.weight_decay,
+            )
+            for name, player in task.players.items()
+        }
+        begin = job.inputs.get("begin", "")
+        start = _restore(run, identity, begin, task, optimizers, say)
     with contextlib.ExitStack() as stack:
         log = None
         if ranks.rank == 0:
             log = stack.enter_context(contextlib.closing(_Log(run, start, task.steps)))
-        _steps(job, task, optimizers, start, ranks, log, say, live is not None)
-        result = _evaluate(task, task.steps, log)
+        course = _Course(job, identity, task, optimizers, ranks, log, say, stop)
+        course.steps(start, live is not None)
+        result = course.measure(task.steps)
         task.finish()
-    _save(run, task, optimizers, task.steps, ranks, config.save.keep)
+    course.save(task.steps, _score(result))
     if ranks.rank == 0:
         write_json_atomic(run / "run.json", {**record, "status": "done", "result": result})
     ranks.wait()
     return result
 
 
-def _steps(
-    job: Job,
-    task: Task,
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    start: int,
-    ranks: Ranks,
-    log: _Log | None,
-    say: Callable[[str], None],
-    live: bool,
-) -> None:
-    """The steps from ``start`` on: rows, losses, gradients of all ranks, one update."""
-    save, run = job.config.save, place(job.out)
-    skipped, due = 0, False
-    board = None if log is None else log.board
-    # Rows are made one step ahead, where they do not depend on what the step before them changes.
-    with ThreadPoolExecutor(1) as pool:
-        ahead: Future[Any] | None = None
-        for step in range(start, task.steps):
-            began = time.monotonic()
-            with _shared(ranks, live):
-                batch = task.batch(step) if ahead is None else ahead.result()
-            waited = time.monotonic() - began
-            more = step + 1 < task.steps and task.ahead(step + 1)
-            ahead = pool.submit(task.batch, step + 1) if more else None
-            task.trained.train()
-            losses = task.losses(batch, step)
-            values = dict(losses)
-            for optimizer in optimizers.values():
-                optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
-            turn = task.turn(step)
-            for name, player in turn.items():
-                ranks.sum_gradients(player.parameters)
-                norm = torch.nn.utils.clip_grad_norm_(player.parameters, player.adam.clip_norm)
-                values["_".join(["gradient_norm", name]).rstrip("_")] = norm
-            # The summed gradients are the same on all ranks, so they all decide alike.
-            norms = [value for key, value in values.items() if key.startswith("gradient_norm")]
-            if all(bool(torch.isfinite(norm)) for norm in norms):
-                skipped = 0
-                for name, player in turn.items():
-                    for group in optimizers[name].param_groups:
-                        group["lr"] = learning_rate(step, task.steps, player.adam)
-                    optimizers[name].step()
-            else:
-                skipped += 1
-                reason = _not_finite(losses, step, ranks)
-                say(reason)
+@dataclass(frozen=True)
+class _Course:
+    """A run under way on this rank."""
+
+    job: Job
+    identity: str
+    task: Task
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    ranks: Ranks
+    log: _Log | None
+    say: Callable[[str], None]
+    stop: Callable[[], bool]
+
+    def steps(self, start: int, live: bool) -> None:
+        """The steps from ``start`` on: rows, losses, gradients of all ranks, one update."""
+        task, ranks, save, log = self.task, self.ranks, self.job.config.save, self.log
+        skipped, due, measure, stopping = 0, False, False, False
+        # Rows are made one step ahead, where they do not depend on what the step before changes.
+        with ThreadPoolExecutor(1) as pool:
+            ahead: Future[Any] | None = None
+            for step in range(start, task.steps):
+                began = time.monotonic()
+                # Rows that come from elsewhere may fail on one rank alone.
+                with _shared(ranks) if live else contextlib.nullcontext():
+                    batch = task.batch(step) if ahead is None else ahead.result()
+                waited = time.monotonic() - began
+                more = step + 1 < task.steps and task.ahead(step + 1)
+                ahead = pool.submit(task.batch, step + 1) if more else None
+                # What is random in a network is a function of the step too.
+                torch.manual_seed(
+                    int(rng_of(self.job.config.seed, step, ranks.rank).integers(2**62))
+                )
+                asked = ranks.rank == 0 and self.stop()
+                taken = take_step(task, self.optimizers, batch, step, ranks, stop=asked)
+                skipped = skipped + 1 if taken.trouble else 0
+                if taken.trouble:
+                    self.say(taken.trouble)
                 if skipped == MAX_SKIPPED:
-                    raise SbirError(f"{run}: {skipped} steps in a row were not finite; {reason}")
-            done = step + 1
-            more_values = task.done(step, board)
-            if log is not None:
-                log.add({**values, **more_values}, waited)
-                if done % save.log_every == 0 or done == task.steps:
-                    log.write_steps(done)
-            every = save.evaluate_every
-            if every and done % every == 0 and done < task.steps:
-                _evaluate(task, done, log)
-            due |= done % save.checkpoint_every == 0
-            if due and task.resumable(done) and done < task.steps:
-                _save(run, task, optimizers, done, ranks, save.keep)
-                due = False
+                    raise SbirError(
+                        f"{self.job.out}: {skipped} steps in a row were not finite; {taken.trouble}"
+                    )
+                done = step + 1
+                more_values = task.done(step, None if log is None else log.board)
+                if log is not None:
+                    log.add({**taken.values, **more_values}, waited)
+                    if done % save.log_every == 0 or done == task.steps:
+                        log.write_steps(done)
+                due |= done % save.checkpoint_every == 0
+                measure |= bool(save.evaluate_every) and done % save.evaluate_every == 0
+                stopping |= taken.stop
+                if done == task.steps or not task.resumable(done):
+                    continue
+                score = _score(self.measure(done)) if measure else ()
+                if due or stopping or (measure and self._is_best(score)):
+                    self.save(done, score)
+                    due = False
+                measure = False
+                if stopping:
+                    raise StoppedError(
+                        f"{self.job.out}: stopped after step {done} of {task.steps}; the same "
+                        "command goes on from there"
+                    )
+
+    def save(self, step: int, score: Sequence[float] = ()) -> None:
+        """A checkpoint, by rank 0; all ranks call it."""
+        state = {"world": self.ranks.world, **self.task.state()}
+        with _shared(self.ranks):
+            if self.ranks.rank:
+                return
+            optim = {
+                f"{name}.{key}" if name else key: value
+                for name, optimizer in self.optimizers.items()
+                for key, value in checkpoint.optim_tensors(optimizer).items()
+            }
+            checkpoint.save(
+                place(self.job.out),
+                step,
+                self.task.trained.state_dict(),
+                optim,
+                state,
+                self.job.config.save.keep,
+                identity=self.identity,
+                score=score,
+            )
+
+    def measure(self, step: int) -> dict[str, Any]:
+        """Numbers of the validation split, on rank 0; all ranks call it."""
+        result: dict[str, Any] = {}
+        with _shared(self.ranks):
+            if self.log is not None:
+                self.task.trained.eval()
+                with torch.no_grad():
+                    result = self.task.evaluate()
+                if result:
+                    self.log.write("evaluation", step, result)
+        return result
+
+    def _is_best(self, score: Sequence[float]) -> bool:
+        """Whether rank 0 measured the best score of the run so far; the same on all ranks."""
+        better = False
+        if score:
+            before = [entry.score for entry in checkpoint.listed(place(self.job.out))]
+            better = tuple(score) > max(before, default=())
+        return any(self.ranks.sum_counts({"better": int(better)}).values())
 
 
 @contextlib.contextmanager
-def _shared(ranks: Ranks, live: bool) -> Iterator[None]:
-    """An error of one rank, which waits for its own drawings, ends all; else the others would wait
-    for that rank until their collective gives up.
-
-    Args:
-        live: False: what one rank meets, all meet.
-    """
-    if not live or ranks.world == 1:
+def _shared(ranks: Ranks) -> Iterator[None]:
+    """An error of one rank ends all; else the others would wait for that rank until their
+    collective gives up."""
+    if ranks.world == 1:
         yield
         return
-    error = ""
+    error: SbirError | None = None
     try:
         yield
     except SbirError as found:
-        error = str(found)
-    told = ranks.sum_counts({error: 1} if error else {})
+        error = found
+    told = [text for text in ranks.share("" if error is None else str(error)) if text]
+    if error is not None:
+        raise error
     if told:
-        raise SbirError(next(iter(told)))
+        raise SbirError(told[0])
 
 
 def _keep_memory() -> None:
@@ -227,12 +263,13 @@ def _open_run(job: Job, run: Path, ranks: Ranks) -> dict[str, Any]:
 
 def _restore(
     run: Path,
+    identity: str,
     begin: str,
     task: Task,
     optimizers: Mapping[str, torch.optim.Optimizer],
     say: Callable[[str], None],
 ) -> int:
-    found = checkpoint.load(run, say)
+    found = checkpoint.load(run, say, identity=identity)
     if found is None and begin:
         found = checkpoint.load(place(begin), say)
         if found is None:
@@ -242,54 +279,31 @@ def _restore(
         return 0
     try:
         task.trained.load_state_dict(found.model)
-    except RuntimeError as error:
+        for name, optimizer in optimizers.items():
+            start = f"{name}." if name else ""
+            mine = {k.removeprefix(start): v for k, v in found.optim.items() if k.startswith(start)}
+            checkpoint.restore_optim(optimizer, mine)
+    except (RuntimeError, ValueError) as error:
         raise SbirError(f"{found.path}: does not fit the network of this run ({error})") from error
-    for name, optimizer in optimizers.items():
-        start = f"{name}." if name else ""
-        mine = {k.removeprefix(start): v for k, v in found.optim.items() if k.startswith(start)}
-        checkpoint.restore_optim(optimizer, mine)
     task.restore(found.step, found.state)
     say(f"{run}: resumed at step {found.step}")
     return found.step
 
 
-def _save(
-    run: Path,
-    task: Task,
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    step: int,
-    ranks: Ranks,
-    keep: int,
-) -> None:
-    state = {"world": ranks.world, **task.state()}
-    if ranks.rank == 0:
-        optim = {
-            f"{name}.{key}" if name else key: value
-            for name, optimizer in optimizers.items()
-            for key, value in checkpoint.optim_tensors(optimizer).items()
-        }
-        checkpoint.save(run, step, task.trained.state_dict(), optim, state, keep)
-    ranks.wait()
-
-
-def _evaluate(task: Task, step: int, log: _Log | None) -> dict[str, Any]:
-    if log is None:
-        return {}
-    task.trained.eval()
-    with torch.no_grad():
-        result = task.evaluate()
-    if result:
-        log.write("evaluation", step, result)
-    return result
-
-
-def _not_finite(losses: dict[str, Tensor], step: int, ranks: Ranks) -> str:
-    odd = [k for k, v in losses.items() if not bool(torch.isfinite(v).all())] or ["gradient"]
-    return f"step {step}, rank {ranks.rank}: {', '.join(odd)} not finite, step skipped"
+def _score(result: Mapping[str, float]) -> tuple[float, ...]:
+    """What makes a checkpoint the best: accuracy on the validation split, else likelihood."""
+    if "acc@1" in result:
+        numbers = [result["acc@1"], result["mAP"]]
+    elif "offset" in result:
+        numbers = [-(result["offset"] + result["pen"])]
+    else:
+        return ()
+    return tuple(map(float, numbers)) if all(map(math.isfinite, numbers)) else ()
 
 
 class _Log:
-    """``metrics.jsonl`` and TensorBoard events of a run; lines after a resumed step are dropped."""
+    """``metrics.jsonl`` of a run, and on a disk TensorBoard events; lines after a resumed step are
+    dropped, and one that a killed process left half written."""
 
     def __init__(self, run: Path, start: int, steps: int) -> None:
         from tensorboardX import SummaryWriter
@@ -297,10 +311,12 @@ class _Log:
         self.file = run / "metrics.jsonl"
         kept = []
         if self.file.exists():
-            lines = [json.loads(line) for line in self.file.read_text().splitlines()]
-            kept = [json.dumps(line) for line in lines if line["step"] <= start]
-        self.file.write_text("".join(f"{line}\n" for line in kept))
-        self.board: Board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+            whole, _, _ = self.file.read_text().rpartition("\n")
+            kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= start]
+        write_bytes(self.file, "".join(f"{line}\n" for line in kept).encode())
+        self.board: Board | None = None
+        if is_local(run):
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
         self.start, self.steps, self.began = start, steps, time.monotonic()
         self.sums: dict[str, list[Any]] = {}
         self.waited, self.since = 0.0, self.began
@@ -336,11 +352,12 @@ class _Log:
             "steps_per_second": round((step - self.start) / max(seconds, 1e-9), 3),
             **plain,
         }
-        with self.file.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
-        for key, value in plain.items():
-            self.board.add_scalar(f"{kind}/{key}", value, step)
-        self.board.flush()
+        append_text(self.file, json.dumps(line) + "\n")
+        if self.board is not None:
+            for key, value in plain.items():
+                self.board.add_scalar(f"{kind}/{key}", value, step)
+            self.board.flush()
 
     def close(self) -> None:
-        self.board.close()
+        if self.board is not None:
+            self.board.close()

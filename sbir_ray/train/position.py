@@ -7,9 +7,12 @@ retried step sees the same rows with the same augmentation.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
+
+from sbir_ray.errors import UserError
 
 
 def rng_of(*keys: object) -> np.random.Generator:
@@ -42,6 +45,30 @@ class Stream:
     def batch(self, step: int, count: int) -> list[tuple[int, int]]:
         """The ``count`` items of batch number ``step``."""
         return [self.at(step * count + i) for i in range(count)]
+
+
+def check_position(found: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Refuse to go on with other data than those that a position is a position in.
+
+    Args:
+        found: ``{name: [size, identity]}`` as a checkpoint holds it; ``now``: of the data.
+
+    Raises:
+        UserError: they differ; rows would be lost or repeated.
+    """
+    for name, value in now.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"{where}: was trained on other data ({name} was {found.get(name)}, is {value}): "
+                "put the data back, or choose another --out"
+            )
+
+
+def identity(ids: Iterable[str]) -> list[Any]:
+    """``[size, digest]`` of a sequence, for :func:`check_position`."""
+    names = list(ids)
+    text = "\x1f".join(names)
+    return [len(names), hashlib.sha256(text.encode()).hexdigest()[:12]]
 
 
 def group(keys: Iterable[int], size: int) -> list[list[int]]:

@@ -8,8 +8,9 @@ would have computed. So the result does not depend on the number of workers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,10 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    watched: list[tuple[tuple[str, ...], Tensor]] = field(
+        default_factory=list, compare=False, repr=False
+    )
+    """Of the step under way, see :meth:`watch`."""
 
     def mine(self, count: int) -> range:
         """The rows of a batch of ``count`` that this rank holds: every ``world``-th.
@@ -49,18 +54,50 @@ class Ranks:
         parts[self.rank] = rows
         return torch.stack(parts, dim=1).flatten(0, 1)
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace each gradient by its sum over the ranks (one collective for all)."""
-        if self.world == 1:
-            return
+    def watch(self, photo_ids: Sequence[str], *rows: Tensor) -> None:
+        """Keep what this rank's rows came to, until the step is done: should its loss or gradient
+        not be finite, the photos to blame are named by it.
+
+        Args:
+            rows: (len(photo_ids), ...) each, of this rank alone.
+        """
+        self.watched.extend((tuple(photo_ids), one.detach()) for one in rows)
+
+    def suspects(self) -> list[str]:
+        """Photos of which a watched row is not finite, each once."""
+        found: dict[str, None] = {}
+        for photo_ids, rows in self.watched:
+            bad = (~torch.isfinite(rows)).flatten(1).any(1) if rows.ndim > 1 else ~rows.isfinite()
+            found |= {photo_ids[i]: None for i in bad.nonzero().flatten().tolist()}
+        return list(found)
+
+    def sum_gradients(
+        self, parameters: Iterable[torch.nn.Parameter], told: Sequence[Tensor | float] = ()
+    ) -> Tensor:
+        """Replace each gradient by its sum over the ranks, in one collective.
+
+        Args:
+            told: numbers that this rank tells the others, as many on every rank.
+
+        Returns:
+            (world, 1 + len(told)): by rank the largest absolute value of its own gradient, and what
+            it told; the same on all ranks.
+        """
         chosen = [p for p in parameters if p.requires_grad]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in chosen]
-        flat = torch.cat([g.flatten() for g in grads])
+        largest = torch.nn.utils.get_total_norm(grads, norm_type=math.inf)
+        row = torch.stack([largest, *(torch.as_tensor(t).to(largest) for t in told)])
+        if self.world == 1:
+            return row[None]
+        table = row.new_zeros(self.world, len(row))
+        table[self.rank] = row
+        flat = torch.cat([*(g.flatten() for g in grads), table.flatten()])
         dist.all_reduce(flat)
         start = 0
         for parameter, grad in zip(chosen, grads, strict=True):
             parameter.grad = flat[start : start + grad.numel()].view_as(grad)
             start += grad.numel()
+        return flat[start:].view_as(table)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over the ranks."""
@@ -69,17 +106,21 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """The sum of counts by name over the ranks, whatever names each has."""
+    def share(self, text: str) -> list[str]:
+        """The texts of all ranks, by rank."""
         if self.world == 1:
-            return dict(counts)
-        text = torch.frombuffer(bytearray(json.dumps(counts).encode()), dtype=torch.uint8)
+            return [text]
+        data = torch.frombuffer(bytearray(json.dumps(text).encode()), dtype=torch.uint8)
         # On the CPU, for which workers with GPUs have gloo beside nccl.
-        longest = torch.tensor(len(text))
+        longest = torch.tensor(len(data))
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         padded = torch.full((1, int(longest)), ord(" "), dtype=torch.uint8)
-        padded[0, : len(text)] = text
-        every = [json.loads(bytes(row.tolist())) for row in self.gather(padded)]
+        padded[0, : len(data)] = data
+        return [json.loads(bytes(row.tolist())) for row in self.gather(padded)]
+
+    def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """The sum of counts by name over the ranks, whatever names each has."""
+        every = [json.loads(text) for text in self.share(json.dumps(counts))]
         names = sorted({name for one in every for name in one})
         return {name: sum(one.get(name, 0) for one in every) for name in names}
 

@@ -27,7 +27,7 @@ from sbir_ray.runs import load_retrieval
 from sbir_ray.stream.pseudo_store import PseudoSet
 from sbir_ray.train import batch_rows
 from sbir_ray.train.job import Job, OnePlayer, Player, divisible, held_out
-from sbir_ray.train.position import Stream, group, rng_of
+from sbir_ray.train.position import Stream, group, identity, rng_of
 from sbir_ray.train.ranks import Ranks
 from sbir_ray.train.thresholds import choice_for
 
@@ -39,8 +39,9 @@ class RetrievalBatch:
     photo_bCSS: Tensor
     sketch_bSS: Tensor
     extra_nCSS: Tensor
+    photo_ids: list[str]
     photo_id_b: Tensor
-    """int64, see :func:`number_of`; the same photo may come twice."""
+    """The same as int64, see :func:`number_of`; the same photo may come twice."""
     extra_id_n: Tensor
     certainty_b: Tensor
     kept_b: Tensor
@@ -142,6 +143,7 @@ class RetrievalTask(OnePlayer):
             photo_bCSS=torch.from_numpy(np.stack(photos)),
             sketch_bSS=torch.from_numpy(np.stack(sketches)),
             extra_nCSS=torch.from_numpy(extra),
+            photo_ids=ids,
             photo_id_b=torch.tensor([number_of(name) for name in ids]),
             extra_id_n=torch.tensor([number_of(name) for name in extra_ids], dtype=torch.int64),
             certainty_b=torch.tensor([1.0] * len(rows) + [row.certainty for row in pseudo]),
@@ -203,9 +205,15 @@ class RetrievalTask(OnePlayer):
         metrics = evaluate_retrieval(self.model, self.held_out, self.device).metrics.to_json()
         return {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
 
-    def state(self) -> dict[str, Any]:
-        """What identifies the data position, beside the step."""
-        return {"labelled": self.stream.size}
+    def data(self) -> dict[str, Any]:
+        """See :class:`OnePlayer`."""
+        found = {"labelled": identity(self.pairs.sketch_ids)}
+        if self.pseudo is not None:
+            pairs = zip(self.pseudo.photo_of, self.pseudo.certainty, strict=True)
+            found["pseudo"] = identity(f"{self.pseudo.photo_ids[i]} {c}" for i, c in pairs)
+        if self.negatives is not None:
+            found["negatives"] = identity(self.negatives.photo_ids)
+        return found
 
     def _embed(self, model: RetrievalNet, batch: RetrievalBatch) -> PairRows:
         half = self.device.type == "cuda" or self.config.cpu_bfloat16
@@ -214,6 +222,7 @@ class RetrievalTask(OnePlayer):
             photos = model.embed_photos(images)
             sketches = model.embed_sketches(batch.sketch_bSS.to(self.device))
         own = len(batch.photo_bCSS)
+        self.ranks.watch(batch.photo_ids, photos[:own], sketches, batch.certainty_b)
         gather = self._gatherer(batch.labelled)
         ids = torch.cat(
             [gather(batch.photo_id_b), self.ranks.gather(batch.extra_id_n.to(self.device))]

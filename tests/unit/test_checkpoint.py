@@ -102,3 +102,50 @@ def test_an_optimiser_goes_on_as_if_never_stopped(tmp_path):
     checkpoint.restore_optim(again, saved)
     steps(resumed, again, 3)
     assert torch.equal(straight, resumed)
+
+
+def scored(run, step, *score, keep=2):
+    model = {"w": torch.zeros(1)}
+    checkpoint.save(run, step, model, {}, {}, keep, score=score)
+
+
+def steps(run):
+    return [entry.step for entry in checkpoint.listed(run)]
+
+
+def test_the_best_by_validation_is_kept_beside_the_newest(tmp_path):
+    for step, score in enumerate([(0.2, 0.5), (0.4, 0.1), (0.4, 0.3), (0.4, 0.3), (0.1, 0.9)]):
+        scored(tmp_path, step, *score)
+    scored(tmp_path, 5)
+    assert steps(tmp_path) == [5, 4, 2]
+    assert checkpoint.best(tmp_path).name == "step-00000002"
+    scored(tmp_path, 6, 0.5, 0.5, keep=1)
+    assert steps(tmp_path) == [6]
+
+
+def test_another_runs_checkpoint_is_refused_by_reason(tmp_path):
+    checkpoint.save(tmp_path, 1, {"w": torch.ones(1)}, {}, {}, 5, identity="mine")
+    checkpoint.save(tmp_path, 2, {"w": torch.ones(1)}, {}, {}, 5, identity="other")
+    said = []
+    assert checkpoint.load(tmp_path, said.append, identity="mine").step == 1
+    assert "is of another run (digest other, this one's mine)" in said[0]
+    folder = tmp_path / "checkpoints"
+    (folder / "step-00000001").rename(folder / "step-00000003")
+    with pytest.raises(DamagedError, match="its manifest is that of step 1"):
+        checkpoint.load(tmp_path, identity="mine")
+
+
+def test_damaged_later_ones_do_not_push_out_good_ones(tmp_path):
+    for step in (1, 2, 3):
+        _save(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-00000003" / "state.json").unlink()
+    _save(tmp_path, 2, keep=1)
+    assert steps(tmp_path) == [2]
+    assert checkpoint.load(tmp_path).step == 2
+
+
+def test_an_optimisers_state_of_another_network_is_refused():
+    weights = torch.nn.Parameter(torch.zeros(4))
+    for key in ("1.exp_avg", "0.exp_avg"):
+        with pytest.raises(ValueError, match="no parameter of its shape"):
+            checkpoint.restore_optim(torch.optim.AdamW([weights]), {key: torch.zeros(3)})

@@ -17,8 +17,9 @@ from sbir_ray.config import OptimConfig
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.train import loop
 from sbir_ray.train.job import Job
-from sbir_ray.train.loop import fit, learning_rate
+from sbir_ray.train.loop import fit
 from sbir_ray.train.ranks import Ranks
+from sbir_ray.train.step import learning_rate
 from tests.interrupted import interrupted
 from tests.tiny import generator_config, retrieval_config, tiny_pairs
 
@@ -152,7 +153,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(tmp_path, pair
     said = []
     fit(job, Ranks(), CPU, said.append)
     assert len(said) == 4
-    assert "step 0, rank 0: loss, labelled not finite" in said[0]
+    assert "step 0: loss, labelled not finite on rank 0 (photos " in said[0]
     after = weights(job.out)
     assert all(torch.equal(before[key], after[key]) for key in before)
     long = dataclasses.replace(job, out=str(tmp_path / "b"), config=retrieval_config(steps=30))
