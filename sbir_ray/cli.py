@@ -17,6 +17,7 @@ import click
 import sbir_ray
 from sbir_ray import config as settings
 from sbir_ray import strict
+from sbir_ray.checkpoint_cli import checkpoint
 from sbir_ray.cli_options import (
     FOLDER,
     NAMES,
@@ -412,6 +413,7 @@ def report(run: Path, as_json: bool) -> None:
 cli.add_command(pseudo)
 cli.add_command(doctor)
 cli.add_command(submit)
+cli.add_command(checkpoint)
 cli.add_command(train)
 cli.add_command(study)
 cli.add_command(tune)

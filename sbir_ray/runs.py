@@ -57,8 +57,11 @@ def read_run(run: Path) -> dict[str, Any]:
     return record
 
 
-def load_retrieval(run: Path) -> Trained[RetrievalNet]:
+def load_retrieval(run: Path, folder: Path | None = None) -> Trained[RetrievalNet]:
     """The retrieval network of a run, its own or that of joint training.
+
+    Args:
+        folder: one of its checkpoints; None: the newest.
 
     Raises:
         UserError: ``run`` is not such a run, or has no checkpoint.
@@ -68,18 +71,18 @@ def load_retrieval(run: Path) -> Trained[RetrievalNet]:
     config = retrieval_config(record, run)
     # The run's own weights follow: the pre-trained ones are not needed, nor their package.
     model = RetrievalNet(dataclasses.replace(config, weights="none"))
-    return _restored(run, model, record, "retrieval")
+    return _restored(run, model, record, "retrieval", folder)
 
 
-def load_generator(run: Path) -> Trained[Generator]:
+def load_generator(run: Path, folder: Path | None = None) -> Trained[Generator]:
     """The generator of a run; raises as :func:`load_retrieval`."""
     record = _record(run, "generator")
     config = generator_training(record, run).model
     model = make_generator(dataclasses.replace(config, weights="none"))
-    return _restored(run, model, record, "generator")
+    return _restored(run, model, record, "generator", folder)
 
 
-def load_discriminator(run: Path) -> Trained[PairDiscriminator] | None:
+def load_discriminator(run: Path, folder: Path | None = None) -> Trained[PairDiscriminator] | None:
     """The discriminator trained on a generator's drawings, or None; raises as the others.
 
     Args:
@@ -92,7 +95,7 @@ def load_discriminator(run: Path) -> Trained[PairDiscriminator] | None:
             return None
         record = _record(run, "discriminator")
     config = generator_training(record, run).discriminator
-    return _restored(run, PairDiscriminator(config), record, "discriminator")
+    return _restored(run, PairDiscriminator(config), record, "discriminator", folder)
 
 
 def retrieval_config(record: dict[str, Any], run: Path) -> RetrievalConfig:
@@ -120,8 +123,14 @@ def _config(cls: type[T], record: dict[str, Any], run: Path) -> T:
     return from_dict(cls, record["config"], str(run / "run.json"))
 
 
-def _restored(run: Path, model: M, record: dict[str, Any], name: str) -> Trained[M]:
-    found = checkpoint.load(run, with_optim=False, identity=record.get("digest"))
+def _restored(
+    run: Path, model: M, record: dict[str, Any], name: str, folder: Path | None
+) -> Trained[M]:
+    identity = record.get("digest")
+    if folder is None:
+        found = checkpoint.load(run, with_optim=False, identity=identity)
+    else:
+        found = checkpoint.read(folder, with_optim=False, identity=identity)
     if found is None:
         raise UserError(f"{run}: has no checkpoint yet; let its training go on by the same command")
     start = f"{name}." if record["kind"] == JOINT else ""

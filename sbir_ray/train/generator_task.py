@@ -218,7 +218,10 @@ class GeneratorTask(OnePlayer):
 
     def data(self) -> dict[str, Any]:
         """See :class:`OnePlayer`."""
-        return {"sketches": identity(self.pairs.sketch_ids)}
+        data = {"sketches": identity(self.pairs.sketch_ids)}
+        if self.traced is not None:
+            data["contours"] = identity([self.photo_ids[photo] for photo in self.traced.photo])
+        return data
 
 
 @dataclass(frozen=True)

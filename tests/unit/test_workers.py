@@ -13,13 +13,11 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from sbir_ray import checkpoint
-from sbir_ray.config import OptimConfig
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.train import loop
 from sbir_ray.train.job import Job
 from sbir_ray.train.loop import fit
 from sbir_ray.train.ranks import Ranks
-from sbir_ray.train.step import learning_rate
 from tests.interrupted import interrupted
 from tests.tiny import generator_config, retrieval_config, tiny_pairs
 
@@ -164,15 +162,3 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(tmp_path, pair
 def test_a_batch_that_cannot_be_divided_is_refused(tmp_path, pairs):
     with pytest.raises(UserError, match=r"optim\.batch_size: 4 rows cannot be divided among 3"):
         loop.build(job_of("retrieval", tmp_path / "a", pairs), Ranks(0, 3), CPU)
-
-
-def test_the_rate_rises_and_falls_once():
-    optim = OptimConfig(steps=100, lr=1e-3)
-    rates = [learning_rate(step, 100, optim) for step in range(100)]
-    assert max(rates) == pytest.approx(1e-3, rel=1e-3)
-    assert rates[0] == pytest.approx(4e-5)
-    assert rates[-1] < 2e-6
-    top = rates.index(max(rates))
-    assert rates[: top + 1] == sorted(rates[: top + 1])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert learning_rate(50, 100, OptimConfig(lr=1e-3, schedule="constant")) == 1e-3
