@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import os
+import shutil
+import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,11 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from sbir_ray import checkpoint
-from sbir_ray.errors import SbirError, UserError
-from sbir_ray.train import loop
+from sbir_ray.errors import SbirError, StoppedError, UserError
+from sbir_ray.runlog import locked
+from sbir_ray.train import loop, stop_request
 from sbir_ray.train.job import Job
+from sbir_ray.train.launch import train
 from sbir_ray.train.loop import fit
 from sbir_ray.train.ranks import Ranks
 from tests.interrupted import interrupted
@@ -162,3 +167,81 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(tmp_path, pair
 def test_a_batch_that_cannot_be_divided_is_refused(tmp_path, pairs):
     with pytest.raises(UserError, match=r"optim\.batch_size: 4 rows cannot be divided among 3"):
         loop.build(job_of("retrieval", tmp_path / "a", pairs), Ranks(0, 3), CPU)
+
+
+def test_a_run_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(tmp_path, pairs):
+    straight, stopped = (job_of("retrieval", tmp_path / name, pairs) for name in "ab")
+    fit(straight, Ranks(), CPU, lambda _: None)
+    with pytest.raises(StoppedError, match="stopped after step 1 of 4; the same command goes on"):
+        fit(stopped, Ranks(), CPU, lambda _: None, stop=lambda: True)
+    fit(stopped, Ranks(), CPU, lambda _: None)
+    one, two = weights(straight.out), weights(stopped.out)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_sigterm_ends_training_after_the_step_under_way(tmp_path, pairs, monkeypatch):
+    job = job_of("retrieval", tmp_path / "a", pairs)
+    monkeypatch.setattr(stop_request, "_EVERY", 0.0)
+    real = loop.take_step
+
+    def struck(task, optimizers, batch, step, ranks, *, stop):
+        if step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not (tmp_path / "a" / "stop").exists():
+                time.sleep(0.01)
+        return real(task, optimizers, batch, step, ranks, stop=stop)
+
+    monkeypatch.setattr(loop, "take_step", struck)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError, match="after step 2 of 4"):
+        train([job], workers=0)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert checkpoint.load(Path(job.out)).step == 2
+    monkeypatch.setattr(loop, "take_step", real)
+    train([job], workers=0)
+    assert checkpoint.load(Path(job.out)).step == 4
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path, pairs):
+    job = job_of("retrieval", tmp_path / "a", pairs)
+    with (
+        locked(tmp_path / "a"),
+        pytest.raises(UserError, match="another process is writing it"),
+    ):
+        train([job], workers=0)
+
+
+def test_a_line_that_a_killed_process_left_half_written_is_dropped(tmp_path, pairs):
+    job = job_of("retrieval", tmp_path / "a", pairs)
+    interrupted(lambda: fit(job, Ranks(), CPU, lambda _: None))
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "step", "st')
+    fit(job, Ranks(), CPU, lambda _: None)
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 4]
+
+
+def test_other_data_under_the_same_name_end_a_resumed_run(tmp_path):
+    folder = tiny_pairs(tmp_path / "pairs")
+    job = job_of("retrieval", tmp_path / "a", folder)
+    interrupted(lambda: fit(job, Ranks(), CPU, lambda _: None))
+    shutil.rmtree(folder)
+    tiny_pairs(folder, train=7)
+    with pytest.raises(UserError, match=r"step 2: was trained on other data \(labelled was \[16"):
+        fit(job, Ranks(), CPU, lambda _: None)
+
+
+def test_another_number_of_workers_loses_and_repeats_no_photo_of_an_epoch(tmp_path, pairs):
+    job = job_of("retrieval", tmp_path / "a", pairs)
+    alone = loop.build(job, Ranks(), CPU)
+    two = [loop.build(job, Ranks(rank, 2), CPU) for rank in range(2)]
+    four = [loop.build(job, Ranks(rank, 4), CPU) for rank in range(4)]
+    # 8 photos, 4 a step: an epoch is two steps, and each group of workers begins within one.
+    used = [
+        photo
+        for step, group in enumerate([[alone], two, four, [alone], two, two])
+        for task in group
+        for photo in task.batch(step).photo_ids
+    ]
+    for epoch in range(3):
+        assert sorted(used[8 * epoch : 8 * epoch + 8]) == sorted(alone.pairs.photo_ids)
