@@ -30,6 +30,8 @@ from sbir_ray.cli_options import (
 )
 from sbir_ray.doctor_cli import doctor
 from sbir_ray.errors import SbirError, StoppedError, UserError
+from sbir_ray.photos_cli import photos
+from sbir_ray.places import is_local
 from sbir_ray.pseudo_cli import pseudo
 from sbir_ray.study_cli import study
 from sbir_ray.submit import refuse_other_versions
@@ -219,14 +221,17 @@ def split_pairs(source: Path, labels: float, seed: int, out: Path, as_json: bool
 
 
 @cli.command()
-@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
+@click.argument("sources", metavar="SRC...", nargs=-1)
 @click.option("--out", type=FOLDER, required=True, help="PHOTOS folder to write.")
+@click.option("--add", is_flag=True, help="Add what is new in SRC to the store that OUT is.")
+@click.option("--retry-failed", is_flag=True, help="Read again what failed in the store OUT.")
 @click.option(
     "--exclude",
     type=FOLDER,
     multiple=True,
-    metavar="PAIRS",
-    help="Turn away photos of this folder's validation and test splits; may be repeated.",
+    metavar="PAIRS|PHOTOS",
+    help="Turn away photos of this folder: of PAIRS the validation and test splits, of PHOTOS "
+    "all, also when they are saved again, resized or mirrored; may be repeated.",
 )
 @with_ray
 @with_json
@@ -235,14 +240,17 @@ def ingest(
     config: settings.IngestConfig,
     sources: tuple[str, ...],
     out: Path,
+    add: bool,
+    retry_failed: bool,
     exclude: tuple[Path, ...],
     address: str | None,
     as_json: bool,
 ) -> None:
     """Bring photos without sketches into a photo store, each accounted for.
 
-    SRC: folders, globs, files, PAIRS folders, photo stores, Parquet files with image bytes.
-    Repeating the command after a kill goes on where it was.
+    SRC: folders, globs, files, PAIRS folders, photo stores, Parquet files with image bytes, tar
+    shards, and lists of paths or addresses as text, CSV or Parquet; on this machine, in object
+    stores (s3://, gs://) or on the web. Repeating the command after a kill goes on where it was.
 
     Example: sbir-ray ingest chairs-40/hidden more-chairs --exclude chairs --out photos
     """
@@ -250,12 +258,16 @@ def ingest(
     from sbir_ray.stream.cluster import connect
     from sbir_ray.stream.ingest import ingest as run_ingest
 
+    if retry_failed == bool(sources):
+        raise UserError("ingest: give SRC, or --retry-failed, which needs none")
     with connect(address):
         ledger = run_ingest(
             list(sources),
-            out.resolve(),
+            out if not is_local(out) else out.resolve(),
             config,
             exclude=[folder.resolve() for folder in exclude],
+            add=add,
+            retry_failed=retry_failed,
             progress=lambda title: Progress(title, unit="photos"),
         )
     show(ledger.to_json(), as_json, f"{out}: {ledger}")
@@ -415,6 +427,7 @@ cli.add_command(doctor)
 cli.add_command(submit)
 cli.add_command(checkpoint)
 cli.add_command(train)
+cli.add_command(photos)
 cli.add_command(study)
 cli.add_command(tune)
 

@@ -311,15 +311,56 @@ class GeneratorTraining:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WebConfig:
+    """``ingest``: how photos are asked of web servers."""
+
+    timeout: float = 20.0
+    """Seconds that a photo may take, redirects included."""
+    retries: int = 2
+    """More attempts when a server does not answer, or says that it cannot now."""
+    per_host: float = 10.0
+    """Photos a second that are asked of one host, by all workers together; 0: any number."""
+    threads: int = 16
+    """Photos that a worker waits for at once."""
+    allow_private: bool = False
+    """Also ask servers of this machine and network."""
+
+    def __post_init__(self) -> None:
+        _positive("timeout", self.timeout)
+        _at_least("retries", self.retries, 0)
+        _at_least("per_host", self.per_host, 0)
+        _at_least("threads", self.threads, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IngestConfig:
     """``ingest``: how photos are stored and which are turned away."""
 
     longest: int = 512
     """Longest side of the stored picture, pixels."""
+    form: Literal["jpeg", "webp"] = "jpeg"
+    """Format of the stored picture."""
+    quality: int = 95
+    """Its quality, 1 to 100."""
+    max_bytes: int = 67_108_864
+    """Largest file that is read."""
+    max_pixels: int = 64_000_000
+    """Largest picture that is decoded, width times height."""
     near: int = 2
     """Photos whose perceptual hashes differ in at most this many of 64 bits are duplicates."""
+    shard_rows: int = 512
+    """Photos in a Parquet file of the store, at most."""
     max_reject_rate: float = 1.0
     """Share of photos that may be rejected or fail before the command ends with an error."""
+    web: WebConfig = field(default_factory=WebConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("longest", self.longest, 8)
+        _at_least("quality", self.quality, 1)
+        _at_least("near", self.near, 0)
+        if self.quality > 100 or self.near > 8:
+            raise ValueError(f"quality: at most 100, near: at most 8 ({self.quality}, {self.near})")
+        _at_least("shard_rows", self.shard_rows, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

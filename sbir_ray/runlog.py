@@ -30,7 +30,7 @@ Kind = Literal["photos", "pseudo", "live"]
 
 _TOTAL: dict[Kind, str] = {"photos": "read", "pseudo": "drawn", "live": "drawn"}
 _FATES: dict[Kind, tuple[str, ...]] = {
-    "photos": ("stored", "duplicate", "leaked", "rejected", "failed"),
+    "photos": ("stored", "duplicate", "leaked", "rejected", "failed", "quarantined"),
     "pseudo": ("kept", "filtered", "failed"),
     "live": ("used", "filtered", "stale", "in_flight"),
 }
@@ -40,7 +40,8 @@ _WITH_REASONS = ("rejected", "filtered", "failed")
 class Ledger:
     """The counted account of photos or of pseudo pairs by fate.
 
-    ``photos``: read = stored + duplicate + leaked + rejected (by reason) + failed (by reason);
+    ``photos``: read = stored + duplicate + leaked + rejected (by reason) + failed (by reason) +
+    quarantined;
     ``pseudo``: drawn = kept + filtered (by reason) + failed (by reason); ``live``: drawn = used +
     filtered (by reason) + stale + in flight. The total is given where the work is planned and the
     fates where it comes back, so that the sum can fail.

@@ -29,9 +29,16 @@ Reason = Literal[
     "too-many-pixels",
     "unsupported",
     "damaged",
+    "unsupported-address",
+    "private-address",
+    "http-status",
+    "timeout",
+    "unreachable",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 """Why a file cannot be used; no other reason occurs."""
+MAY_PASS: tuple[Reason, ...] = ("unreadable", "http-status", "timeout", "unreachable")
+"""Those that say nothing about the file: another attempt may find it good."""
 
 # Only these decoders are ever tried: Pillow has others that start programs (EPS) or that nobody has
 # photos in.
@@ -101,7 +108,7 @@ def decode(data: bytes, limits: PhotoLimits = DEFAULT_LIMITS, longest: int | Non
             which is several times faster); ``None`` keeps the file's own size.
 
     Raises:
-        PhotoError: any other reason than ``unreadable``.
+        PhotoError: for what is in the bytes.
     """
     check_bytes(data, limits)
     # Pillow warns about odd metadata and large pictures; what matters is checked here.

@@ -16,7 +16,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TypedDict
+from typing import IO, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,9 @@ from sbir_ray.data.decoding import PhotoError as PhotoError
 from sbir_ray.data.decoding import PhotoLimits as PhotoLimits
 from sbir_ray.data.decoding import Reason as Reason
 from sbir_ray.data.decoding import Rgb as Rgb
-from sbir_ray.data.decoding import check_bytes, encode
+from sbir_ray.data.decoding import check_bytes as check_bytes
 from sbir_ray.data.decoding import decode as decode
+from sbir_ray.data.decoding import encode
 from sbir_ray.errors import UserError
 from sbir_ray.places import is_local, open_table, place
 from sbir_ray.strict import check_schema
@@ -215,8 +216,18 @@ def read_store(folder: str | Path) -> Iterator[PhotoRow]:
     Raises:
         UserError: the folder is not a photo store of a known version.
     """
-    folder = place(folder)
-    marker = folder / "store.json"
+    store_header(folder)
+    for shard in shards(folder):
+        yield from read_rows(shard)
+
+
+def store_header(folder: str | Path) -> dict[str, Any]:
+    """``store.json`` of a PHOTOS folder.
+
+    Raises:
+        UserError: the folder is not a photo store of a known version.
+    """
+    marker = place(folder) / "store.json"
     try:
         header = json.loads(marker.read_bytes())
     except (OSError, ValueError) as error:
@@ -224,8 +235,12 @@ def read_store(folder: str | Path) -> Iterator[PhotoRow]:
     if not isinstance(header, dict) or header.get("kind") != "photos":
         raise UserError(f"{marker}: not a photo store; make one with ingest")
     check_schema(header.get("schema_version"), str(marker))
-    for shard in sorted((folder / "shards").glob("part-*.parquet")):
-        yield from read_rows(shard)
+    return header
+
+
+def shards(folder: str | Path) -> list[Path]:
+    """The Parquet files of a PHOTOS folder, in order."""
+    return sorted((place(folder) / "shards").glob("part-*.parquet"))
 
 
 def read_rows(file: str | Path) -> Iterator[PhotoRow]:

@@ -18,21 +18,25 @@ KILLED = "killed-its-process"
 """Reason of a row that was given up."""
 
 _DONE = "-"
-_BEGUN = "begun"
+_SESSION = "#"
 
 
 class Attempts:
     """A journal of the work on one block, which outlives the process.
 
-    What was begun and not finished when a process ended is what it died of. In an object store,
-    where a note is a request, a process notes its rows only where an earlier one began the block.
+    What was begun and not finished when a process ended is what it died of, unless it ended because
+    the whole run did: the last row of a session that another one followed is not held against it.
+    In an object store, where a note is a request, a process notes its rows only where an earlier
+    one began the block.
 
     Args:
         file: of this block alone, on storage that all nodes share.
+        session: name of the run, one word; another one each time that the run is begun again.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, session: str = "") -> None:
         self._own: Path | None = None
+        begin = f"{_SESSION}{session}"
         if is_local(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -42,13 +46,23 @@ class Attempts:
                 texts = [entry.read_text() for entry in file.iterdir()] if file.is_dir() else []
             # An object has one writer.
             self._own, self._text = file / uuid.uuid4().hex, ""
-            self._note(_BEGUN)
         self._each = self._own is None or bool(texts)
+        journals = [text.splitlines() for text in texts]
+        new = self._own is not None
+        for lines in journals:
+            if begin != next((x for x in reversed(lines) if x.startswith(_SESSION)), None):
+                lines.append(begin)
+                new = True
+        if new:
+            self._note(begin)
         self._deaths = Counter(
             line
-            for lines in map(str.splitlines, texts)
+            for lines in journals
             for line, after in itertools.pairwise([*lines, ""])
-            if line != _DONE and after != _DONE
+            if line != _DONE
+            and after != _DONE
+            and not line.startswith(_SESSION)
+            and not after.startswith(_SESSION)
         )
 
     def deaths(self, key: str) -> int:

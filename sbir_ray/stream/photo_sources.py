@@ -1,166 +1,254 @@
-"""Where photos come from: files, folders, globs, Parquet files, PAIRS and PHOTOS folders."""
+"""Where photos come from: files, folders, globs, lists, Parquet files, tar shards, PAIRS and PHOTOS
+folders, on this machine or in object stores, and web addresses."""
 
 from __future__ import annotations
 
+import csv
 import glob
+import heapq
+import io
+import itertools
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+import posixpath
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 
 from sbir_ray.data import pairs, photos
-from sbir_ray.data.photos import PHOTO_SCHEMA, PhotoError, PhotoLimits, PhotoRow
+from sbir_ray.data.photos import PHOTO_SCHEMA
 from sbir_ray.errors import UserError
-from sbir_ray.places import file_system, is_local, open_table, place, told
+from sbir_ray.places import file_system, is_local, open_table, told
+from sbir_ray.stream.fetch import is_web, local_path, open_place
+from sbir_ray.stream.units import SLICE, Unit, photo_members
 
-Load = Callable[[], PhotoRow]
-"""Makes the row of a photo; raises PhotoError."""
-
-_SLICE = 64
-_IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "img", "bytes")
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Photos that are read together: one file, or a slice of a Parquet row group."""
-
-    file: str
-    form: Literal["file", "rows", "bytes"]
-    """A photo; rows of ``PHOTO_SCHEMA``; rows with image files in ``column``."""
-    column: str = ""
-    group: int = 0
-    start: int = 0
-    stop: int = 1
-
-    @property
-    def rows(self) -> int:
-        """Number of photos."""
-        return self.stop - self.start
-
-    def loaders(self, limits: PhotoLimits) -> Iterator[tuple[str, str, Load]]:
-        """(uri, name, what makes the row) of each photo, as many as ``rows`` in any case."""
-        file = photos.printable(self.file)
-        if self.form == "file":
-            name = photos.printable(Path(self.file).stem)
-            yield file, name, lambda: _of_file(self.file, name, file, limits)
-            return
-        try:
-            rows = self._read()
-        except (pa.ArrowException, OSError) as error:
-            reason = PhotoError("unreadable", " ".join(str(error).split())[:200])
-            for number in range(self.start, self.stop):
-                yield f"{file}#{self.group}.{number}", "", _raising(reason)
-            return
-        for number, values in enumerate(rows, self.start):
-            uri = f"{file}#{self.group}.{number}"
-            if self.form == "rows":
-                yield values["uri"] or uri, values["name"] or "", _of_row(values, limits)
-            else:
-                yield uri, "", _of_bytes(_image_bytes(values, self.column), uri, limits)
-
-    def _read(self) -> list[dict[str, Any]]:
-        """The slice's rows; of the row group no more is decoded than lies before its end."""
-        columns = PHOTO_SCHEMA.names if self.form == "rows" else [self.column]
-        rows: list[dict[str, Any]] = []
-        seen = 0
-        with open_table(place(self.file)) as parquet:
-            for batch in parquet.iter_batches(
-                batch_size=_SLICE, row_groups=[self.group], columns=columns
-            ):
-                first, last = max(self.start - seen, 0), min(self.stop - seen, batch.num_rows)
-                if first < last:
-                    rows += batch.slice(first, last - first).to_pylist()
-                seen += batch.num_rows
-                if seen >= self.stop:
-                    break
-        return rows
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes")
+"""Columns of a Parquet file that may hold the bytes of image files."""
+URI_COLUMNS = ("uri", "url", "path", "file", "filename", "photo")
+"""Columns of a Parquet or CSV list that may hold addresses."""
+_SHARDS = (".parquet", ".tar")
+_LISTS = (".txt", ".csv")
+_NAMES_IN_MEMORY = 100_000
 
 
-def list_units(sources: Sequence[str | Path]) -> list[Unit]:
-    """Everything that ``sources`` name, in a fixed order and each file once.
+def list_units(sources: Sequence[str | Path]) -> Iterator[Unit]:
+    """Everything that ``sources`` name, one by one, in a fixed order; what two of them name, twice.
+
+    A file that a source names itself has to be readable; one that is found in a folder or in a
+    list and is not becomes a unit of the form ``broken``.
 
     Raises:
-        UserError: a source that is not there, has no photos, or is no readable Parquet file.
+        UserError: a source that is not there, has no photos, or is no readable file of its kind.
     """
-    files: dict[str, None] = {}
     for source in sources:
-        found = list(_files(str(source)))
-        if not found:
-            raise UserError(f"{source}: has no photos ({', '.join(sorted(photos.SUFFIXES))})")
-        files.update(dict.fromkeys(found))
-    units: list[Unit] = []
-    for file in files:
-        units += _slices(file) if file.endswith(".parquet") else [Unit(file, "file")]
-    if not sum(unit.rows for unit in units):
-        raise UserError(f"{', '.join(map(str, sources))}: no photos")
-    return units
+        empty = True
+        for unit in _of_source(str(source)):
+            empty = False
+            yield unit
+        if empty:
+            kinds = ", ".join(sorted({*photos.SUFFIXES, *_SHARDS}))
+            raise UserError(f"{source}: has no photos ({kinds})")
 
 
-def _files(source: str) -> Iterator[str]:
-    if not is_local(place(source)):
-        yield from _files_there(source)
+def _of_source(source: str) -> Iterator[Unit]:
+    if is_web(source):
+        yield Unit(source, "file")
         return
-    if not os.path.lexists(source):
-        matches = sorted(glob.glob(source, recursive=True))
-        if not matches:
-            raise UserError(f"{source}: no such file or folder, and no file matches it")
-        for match in matches:
-            yield from _files(match)
-        return
-    source = os.path.abspath(source)
-    if not os.path.isdir(source):
-        yield source
-    elif os.path.isfile(os.path.join(source, "pairs.json")):
-        pairs.read_header(source)
-        yield os.path.join(source, "photos.parquet")
-    elif os.path.isfile(os.path.join(source, "store.json")):
-        yield from sorted(glob.glob(os.path.join(glob.escape(source), "shards", "*.parquet")))
-    else:
-        yield from _in_folder(source)
-
-
-def _files_there(source: str) -> Iterator[str]:
-    """As :func:`_files`, in an object store, which lists whole folders at once."""
-    found = place(source)
-    with told(found):
-        if any(sign in source for sign in "*?["):
-            system, name = file_system(found)
-            matches = sorted(system.unstrip_protocol(match) for match in system.glob(name))
-            for match in matches:
-                yield from _files_there(match)
-        elif (found / "pairs.json").is_file():
-            pairs.read_header(found)
-            yield str(found / "photos.parquet")
-        elif (found / "store.json").is_file():
-            yield from sorted(str(file) for file in (found / "shards").glob("*.parquet"))
-        elif found.is_file():
-            yield source
+    path = open_place(source)
+    if is_local(path):
+        if not os.path.lexists(path):
+            matches = on_disk_sorted(glob.iglob(source, recursive=True))
+            yield from _of_matches(source, matches)
+        elif os.path.isdir(path):
+            yield from _in_folder(os.path.abspath(path))
         else:
-            names = sorted(str(file) for file in found.rglob("*"))
-            wanted = (*photos.SUFFIXES, ".parquet")
-            yield from (name for name in names if name.lower().endswith(wanted))
+            yield from _of_file(os.path.abspath(path), named=True)
+        return
+    system, name = file_system(path)
+    with told(path):
+        if any(char in source for char in "*?["):
+            found = sorted(system.unstrip_protocol(match) for match in system.glob(name))
+            yield from _of_matches(source, found)
+        elif system.isdir(name):
+            yield from _in_far_folder(system, name)
+        elif system.exists(name):
+            yield from _of_file(source, named=True)
+        else:
+            raise UserError(f"{source}: no such file or folder")
 
 
-def _in_folder(folder: str) -> Iterator[str]:
+def _of_matches(source: str, matches: Iterable[str]) -> Iterator[Unit]:
+    empty = True
+    for match in matches:
+        empty = False
+        yield from _of_source(match)
+    if empty:
+        raise UserError(f"{source}: no such file or folder, and no file matches it")
+
+
+# --------------------------------------------------------------------------- folders
+
+
+def _in_folder(folder: str) -> Iterator[Unit]:
+    if os.path.isfile(os.path.join(folder, "pairs.json")):
+        pairs.read_header(Path(folder))
+        yield from _of_file(os.path.join(folder, "photos.parquet"), named=True)
+        return
+    if os.path.isfile(os.path.join(folder, "store.json")):
+        for shard in photos.shards(folder):
+            yield from _of_file(str(shard), named=True)
+        return
+    for name in on_disk_sorted(_names(folder)):
+        path = os.path.join(folder, name)
+        if name.endswith("/"):
+            yield from _in_folder(path[:-1])
+        else:
+            yield from _of_file(path, named=False)
+
+
+def _names(folder: str) -> Iterator[str]:
+    """Of what is in a folder and may have photos; those of folders end in a slash."""
     try:
         with os.scandir(folder) as listing:
-            entries = sorted(listing, key=lambda entry: entry.name)
+            for entry in listing:
+                # Links to folders are not followed: they may lead in a circle.
+                if entry.is_dir(follow_symlinks=False):
+                    yield f"{entry.name}/"
+                elif _may_have_photos(entry.name):
+                    yield entry.name
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
+
+
+def _in_far_folder(system: Any, folder: str) -> Iterator[Unit]:
+    entries = sorted(system.ls(folder, detail=True), key=lambda entry: str(entry["name"]))
+    files = {posixpath.basename(entry["name"]) for entry in entries}
+    if "pairs.json" in files:
+        entries = [{"name": f"{folder}/photos.parquet", "type": "file"}]
+    elif "store.json" in files:
+        entries = system.ls(f"{folder}/shards", detail=True)
     for entry in entries:
-        # Links to folders are not followed: they may lead in a circle.
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files(entry.path)
-        elif os.path.splitext(entry.name)[1].lower() in {*photos.SUFFIXES, ".parquet"}:
-            yield entry.path
+        name = entry["name"].rstrip("/")
+        if entry["type"] == "directory":
+            if name != folder.rstrip("/"):
+                yield from _in_far_folder(system, name)
+        elif _may_have_photos(name):
+            yield from _of_file(system.unstrip_protocol(name), named=False)
 
 
-def _slices(file: str) -> Iterator[Unit]:
+def _may_have_photos(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in {*photos.SUFFIXES, *_SHARDS}
+
+
+def on_disk_sorted(names: Iterable[str]) -> Iterator[str]:
+    """``names`` in order; more than memory should hold are sorted in temporary files."""
+    with ExitStack() as stack:
+        runs: list[Iterable[str]] = []
+        rest = iter(names)
+        while chunk := sorted(itertools.islice(rest, _NAMES_IN_MEMORY)):
+            if len(chunk) < _NAMES_IN_MEMORY and not runs:
+                yield from chunk
+                return
+            # File names need not be valid text, nor without line ends; JSON escapes both.
+            run = stack.enter_context(tempfile.TemporaryFile("w+", encoding="ascii"))
+            run.writelines(json.dumps(name) + "\n" for name in chunk)
+            run.seek(0)
+            runs.append(map(json.loads, run))
+        yield from heapq.merge(*runs)
+
+
+# --------------------------------------------------------------------------- files
+
+
+def _of_file(file: str, named: bool) -> Iterator[Unit]:
+    suffix = PurePosixPath(file).suffix.lower()
     try:
-        with open_table(place(file)) as parquet:
+        if suffix == ".parquet":
+            yield from _of_parquet(file)
+        elif suffix == ".tar":
+            yield from _of_tar(file)
+        elif suffix in _LISTS and named:
+            yield from _of_list(file, _lines(file) if suffix == ".txt" else _csv(file))
+        else:
+            yield Unit(file, "file")
+    except UserError as error:
+        if named:
+            raise
+        yield Unit(file, "broken", str(error).removeprefix(f"{file}: "))
+
+
+def _of_list(file: str, addresses: Iterable[str]) -> Iterator[Unit]:
+    """What a list names: photos, and shards of them; paths are relative to the list."""
+    folder = file.rpartition("/")[0]
+    for address in addresses:
+        if "://" not in address and not os.path.isabs(address):
+            address = f"{folder}/{address}"
+        if is_web(address) or not address.lower().endswith(_SHARDS):
+            yield Unit(local_path(address) or address, "file")
+        else:
+            yield from _of_file(local_path(address) or address, named=False)
+
+
+def _lines(file: str) -> Iterator[str]:
+    """The lines of a list; empty ones and comments are left out."""
+    with _text(file) as lines:
+        for line in lines:
+            if (address := line.strip()) and not address.startswith("# "):
+                yield address
+
+
+def _csv(file: str) -> Iterator[str]:
+    with _text(file) as lines:
+        rows = csv.DictReader(lines)
+        column = next((name for name in URI_COLUMNS if name in (rows.fieldnames or ())), None)
+        if column is None:
+            raise UserError(
+                f"{file}: none of its columns is {', '.join(URI_COLUMNS)} (it has "
+                f"{', '.join(rows.fieldnames or ['none'])}); rename the one with the addresses"
+            )
+        for row in rows:
+            if address := (row[column] or "").strip():
+                yield address
+
+
+def _text(file: str) -> io.TextIOWrapper:
+    try:
+        stream = open_place(file).open("rb")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _of_tar(file: str) -> Iterator[Unit]:
+    """Runs of the members that are photos, each with the place where it begins."""
+    count = first = place = 0
+    try:
+        with open_place(file).open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in photo_members(tar):
+                if count % SLICE == 0:
+                    if count:
+                        yield Unit(file, "tar", "", place, first, count, first)
+                    first, place = count, member.offset
+                count += 1
+    except (tarfile.TarError, OSError) as error:
+        line = " ".join(str(error).split())[:200]
+        if not count:
+            raise UserError(f"{file}: not a readable tar file ({line})") from error
+        yield Unit(file, "tar", "", place, first, count, first)
+        yield Unit(file, "broken", f"after {count} photos: {line}", group=-1)
+        return
+    if count:
+        yield Unit(file, "tar", "", place, first, count, first)
+
+
+def _of_parquet(file: str) -> Iterator[Unit]:
+    try:
+        with open_table(open_place(file)) as parquet:
             schema = parquet.schema_arrow
             groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
@@ -168,20 +256,33 @@ def _slices(file: str) -> Iterator[Unit]:
         raise UserError(f"{file}: not a readable Parquet file ({line})") from error
     rows = set(PHOTO_SCHEMA.names) <= set(schema.names)
     column = "" if rows else _image_column(file, schema)
+    addresses = next((n for n in URI_COLUMNS if n in schema.names), None)
+    if not rows and not column:
+        if addresses is None:
+            raise UserError(
+                f"{file}: none of its columns is {', '.join(IMAGE_COLUMNS)} with image files, or "
+                f"{', '.join(URI_COLUMNS)} with their addresses (it has "
+                f"{', '.join(schema.names)}); rename one, or leave the file out"
+            )
+        yield from _of_list(file, _parquet_column(file, addresses))
+        return
     for group, count in enumerate(groups):
-        for start in range(0, count, _SLICE):
-            stop = min(start + _SLICE, count)
+        for start in range(0, count, SLICE):
+            stop = min(start + SLICE, count)
             yield Unit(file, "rows" if rows else "bytes", column, group, start, stop)
 
 
+def _parquet_column(file: str, column: str) -> Iterator[str]:
+    with open_table(open_place(file)) as parquet:
+        for batch in parquet.iter_batches(columns=[column]):
+            yield from (address for address in batch.column(0).to_pylist() if address)
+
+
 def _image_column(file: str, schema: pa.Schema) -> str:
-    """The column of image files; ``image.bytes`` where that is a field of a structure."""
-    columns = [name for name in _IMAGE_COLUMNS if name in schema.names]
+    """The column of image files; ``image.bytes`` where that is a field of a structure; none."""
+    columns = [name for name in IMAGE_COLUMNS if name in schema.names]
     if not columns:
-        raise UserError(
-            f"{file}: none of its columns is {', '.join(_IMAGE_COLUMNS)} (it has "
-            f"{', '.join(schema.names)}); rename the one with the image files, or leave it out"
-        )
+        return ""
     column = columns[0]
     kind = schema.field(column).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -189,41 +290,3 @@ def _image_column(file: str, schema: pa.Schema) -> str:
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise UserError(f"{file}: its column {column} holds {kind}, not the bytes of image files")
     return column
-
-
-def _of_file(file: str, name: str, uri: str, limits: PhotoLimits) -> PhotoRow:
-    return photos.make_row(photos.read_bytes(file, limits), name, uri, limits)
-
-
-def _of_bytes(data: bytes, uri: str, limits: PhotoLimits) -> Load:
-    return lambda: photos.make_row(data, "", uri, limits)
-
-
-def _of_row(values: dict[str, Any], limits: PhotoLimits) -> Load:
-    """A row that this program wrote: its id stays, and its picture too if that is small enough."""
-
-    def load() -> PhotoRow:
-        row = cast(PhotoRow, {name: values[name] for name in PHOTO_SCHEMA.names})
-        if max(row["width"], row["height"]) <= limits.longest:
-            photos.decode(row["image"])
-            return row
-        made = photos.make_row(row["image"], row["name"], row["uri"], limits)
-        made["photo_id"] = row["photo_id"]
-        return made
-
-    return load
-
-
-def _raising(error: PhotoError) -> Load:
-    def load() -> PhotoRow:
-        raise error
-
-    return load
-
-
-def _image_bytes(values: dict[str, Any], column: str) -> bytes:
-    name, _, inner = column.partition(".")
-    value = values[name]
-    if inner and value is not None:
-        value = value[inner]
-    return value or b""
