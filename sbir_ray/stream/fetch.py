@@ -159,7 +159,11 @@ class Fetcher:
                 path,
                 headers={"User-Agent": _AGENT, "Accept": "image/*", "Connection": "close"},
             )
-            return self._answer(connection.getresponse())
+            with connection.getresponse() as response:
+                answer = self._answer(response)
+            if time.monotonic() >= end:  # what was cut off may look whole
+                raise TimeoutError(f"took more than {self.web.timeout:g} s")
+            return answer
         except (OSError, http.client.HTTPException) as error:
             late = time.monotonic() >= end or isinstance(error, TimeoutError)
             reason = "timeout" if late else "unreachable"
