@@ -57,6 +57,7 @@ from sbir_ray.stream.tables import join_tables
 from sbir_ray.stream.units import MakeRow, Unit
 from sbir_ray.strict import SCHEMA_VERSION, from_dict, to_dict
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _WAVE = 4096
 _BATCH = 65_536
 
@@ -453,12 +454,7 @@ def _disk_told(out: Path) -> Iterator[None]:
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, OSError) and cause.errno in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EROFS,
-                errno.EFBIG,
-            ):
+            if isinstance(cause, OSError) and cause.errno in _FULL:
                 line = cause.strerror or "no space left on device"
                 raise UserError(
                     f"{out}: cannot be written ({line}); make room and repeat the command, which "

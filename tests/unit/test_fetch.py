@@ -117,6 +117,18 @@ def server() -> Iterator[str]:
         thread.join()
 
 
+@contextlib.contextmanager
+def forgotten_connections() -> Iterator[None]:
+    """s3fs keeps its connections by their options, which do not name the environment's store."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        yield
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
 def reason_of(url: str, **web: object) -> str:
     settings = {"allow_private": True, "timeout": 1.0, "retries": 0, **web}
     with pytest.raises(PhotoError) as error:
@@ -233,7 +245,7 @@ def test_these_addresses_are_public() -> None:
 def test_photos_are_listed_and_read_in_an_object_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with object_store(str(tmp_path / "log")) as environment:
+    with object_store(str(tmp_path / "log")) as environment, forgotten_connections():
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         bucket = make_bucket("photos")
