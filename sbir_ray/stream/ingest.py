@@ -308,12 +308,19 @@ def _stored_records(store: Path) -> Iterator[NDArray[Any]]:
 
 def _records(table: pa.Table, rows: NDArray[np.int64]) -> NDArray[Any]:
     records = np.zeros(table.num_rows, RECORD)
-    records["id"] = [bytes.fromhex(text) for text in table["photo_id"].to_pylist()]
+    records["id"] = [_key(text) for text in table["photo_id"].to_pylist()]
     records["uri"] = [
         hashlib.blake2b(text.encode(), digest_size=16).digest() for text in table["uri"].to_pylist()
     ]
     records["phash"], records["row"] = table["phash"].to_numpy(), rows
     return records
+
+
+def _key(photo_id: str) -> bytes:
+    """A sha256 as it is; stores that others wrote may have ids of another kind."""
+    if len(photo_id) == 64 and set(photo_id) <= set("0123456789abcdef"):
+        return bytes.fromhex(photo_id)
+    return hashlib.sha256(photo_id.encode()).digest()
 
 
 def _gathered(records: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:

@@ -163,7 +163,7 @@ def test_rows_are_what_the_newest_weights_draw_of_the_right_photos(store, runs, 
         for number in range(24):
             if number == 4:
                 with torch.no_grad():
-                    generator.output.bias.add_(0.1)
+                    generator.net.output.bias.add_(0.1)
                     judge.body[0].weight.mul_(2)
                 shard.publish(7, published(generator, judge))
             row = shard.next()
