@@ -64,5 +64,5 @@ def test_an_error_of_a_worker_comes_back_as_one_line(tmp_path, pairs, cluster):
 
 def test_more_workers_than_fit_are_refused_by_name(tmp_path, pairs, cluster):
     job = Job("retrieval", str(tmp_path / "a"), retrieval_config(), {"pairs": pairs})
-    with pytest.raises(UserError, match="--workers: 400 x"):
+    with pytest.raises(UserError, match="--workers 400 x"):
         train([job], workers=400)

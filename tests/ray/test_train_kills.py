@@ -1,0 +1,95 @@
+"""Processes of training are killed: the run goes on, with the weights and the account it would
+have had."""
+
+import dataclasses
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from sbir_ray import checkpoint
+from sbir_ray.config import FilterConfig, OptimConfig, SaveConfig, ScheduleConfig, StreamConfig
+from sbir_ray.train.job import Job
+from sbir_ray.train.launch import Actors, train
+from sbir_ray.train.loop import fit
+from sbir_ray.train.ranks import Ranks
+from sbir_ray.train.tasks import joint_jobs
+from tests.faults.kit import DRAWS, TRAINS, assert_ledger, assert_no_orphans, killing
+from tests.tiny import joint_config, retrieval_config, tiny_pairs
+from tests.tiny_store import tiny_store
+
+
+def saved(run, step):
+    return lambda: any(entry.step >= step for entry in checkpoint.listed(Path(run)))
+
+
+def logged(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _undisturbed(rank, world, port, job):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    fit(job, Ranks(rank, world), torch.device("cpu"), lambda _: None)
+    dist.destroy_process_group()
+    # The libraries' threads may abort a process that ends by the interpreter's way; all is written.
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_leaves_the_weights_of_a_run_that_was_not_disturbed(tmp_path, cluster):
+    config = retrieval_config(
+        optim=OptimConfig(steps=60, batch_size=4, lr=1e-3),
+        save=SaveConfig(log_every=1, checkpoint_every=5),
+    )
+    inputs = {"pairs": str(tiny_pairs(tmp_path / "pairs"))}
+    job = Job("retrieval", str(tmp_path / "a"), config, inputs)
+    with killing((saved(job.out, 10), TRAINS)) as killed:
+        train([job], workers=2, cpus_per_worker=1.0)
+    assert len(killed) == 1
+    assert_no_orphans()
+    said = (tmp_path / "a" / "messages.log").read_text()
+    assert "resumed at step" in said
+    steps = [line["step"] for line in logged(job.out) if line["kind"] == "step"]
+    assert steps == list(range(1, 61))
+
+    calm = dataclasses.replace(job, out=str(tmp_path / "b"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_undisturbed, (2, port, calm), nprocs=2)
+    one, two = (checkpoint.load(tmp_path / name) for name in "ab")
+    assert one.step == two.step == 60
+    assert all(torch.equal(one.model[key], two.model[key]) for key in one.model)
+    assert all(torch.equal(one.optim[key], two.optim[key]) for key in one.optim)
+
+
+def test_a_killed_learner_and_a_killed_generator_leave_an_account_that_adds_up(tmp_path, cluster):
+    inputs = {
+        "pairs": str(tiny_pairs(tmp_path / "pairs")),
+        "photos": str(tiny_store(tmp_path / "photos", 9)),
+    }
+    config = joint_config(
+        schedule=ScheduleConfig(steps=36, retrieval_steps=2, generator_steps=1),
+        filters=FilterConfig(min_points=1),
+        stream=StreamConfig(batch_size=4, window=2, max_staleness=3, wait_limit=90.0),
+    )
+    *before, job = joint_jobs(str(tmp_path / "run"), config, inputs)
+    train(before, workers=0)
+    run = Path(job.out)
+    with killing((saved(run, 3), TRAINS), (saved(run, 9), DRAWS)) as killed:
+        train([job], workers=1, cpus_per_worker=1.0, actors=Actors(1, 1))
+    assert len(killed) == 2
+    assert_no_orphans()
+    steps = [line["step"] for line in logged(run) if line["kind"] == "step"]
+    assert steps == list(range(1, 37))
+    ledger = assert_ledger(run)
+    # What the dead learner held is lost, and counted.
+    assert set(ledger["filtered"]) <= {"lost", "min_points"}
+    assert ledger["used"] >= 24 * 4 + 12 * 2
