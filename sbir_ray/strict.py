@@ -232,7 +232,7 @@ def _parse(text: str) -> Any:
     """A TOML value, or else the text itself (so that ``backbone=vgg16`` needs no quotes)."""
     try:
         return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 
