@@ -57,7 +57,7 @@ def find_duplicates(
     Args:
         records: of type :data:`RECORD`; of rows that cannot be stored there is none.
         rows: number of rows, those without a record counted.
-        folder: for what does not fit into memory, about 150 bytes a photo; may be left behind.
+        folder: for what does not fit into memory, about 250 bytes a photo; may be left behind.
         stored: how many of the records are those of photos that are stored already, all different.
     """
     folder.mkdir(parents=True, exist_ok=True)
