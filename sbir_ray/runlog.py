@@ -88,6 +88,9 @@ class Ledger:
             DamagedError: a fate is missing, unknown, or the sum does not hold.
         """
         names = {_TOTAL[kind], *_FATES[kind]}
+        if kind == "photos":
+            # Ledgers from before photos were quarantined do not tell of it.
+            values = {"quarantined": 0, **values}
         if set(values) != names:
             odd = sorted(names ^ set(values))
             raise DamagedError(f"{where}: not a ledger of {kind} ({', '.join(odd)})")

@@ -69,13 +69,13 @@ def poisoned(task, where, value):
                 hook = player.parameters[0].register_hook(lambda grad: grad * value)
                 stack.callback(hook.remove)
         else:
-            real = g.model.nll_of_map
+            real = g.model.nll_of_code
 
             def nll(*args, **more):
                 terms = real(*args, **more)
                 return {**terms, where: first(terms[where])}
 
-            patch.setattr(g.model, "nll_of_map", nll, raising=False)
+            patch.setattr(g.model, "nll_of_code", nll, raising=False)
         yield
 
 
