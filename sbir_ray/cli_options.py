@@ -11,6 +11,7 @@ import click
 
 from sbir_ray import config as settings
 from sbir_ray import strict
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.places import place, reach
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -75,7 +76,7 @@ NAMES: dict[type[Any], str] = {
     settings.IngestConfig: "ingest",
     settings.SketchConfig: "sketch",
     settings.ChoiceConfig: "choice",
-    settings.JointTraining: "joint",
+    JointTraining: "joint",
 }
 
 
@@ -85,7 +86,7 @@ def _example(cls: type[Any]) -> str:
         settings.GeneratorTraining: "model.backbone=mobilenetv2",
         settings.IngestConfig: "longest=256",
         settings.SketchConfig: "filters.min_certainty=0.3",
-        settings.JointTraining: "policy.weight=0.2",
+        JointTraining: "policy.weight=0.2",
     }
     return examples[cls]
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sbir_ray import losses
-from sbir_ray.config import GeneratorConfig, PolicyConfig, RetrievalLossConfig
+from sbir_ray.config import GeneratorConfig, RetrievalLossConfig
+from sbir_ray.joint_config import PolicyConfig
 
 
 def ramp(step: int, warmup: int, length: int) -> float:

@@ -11,8 +11,9 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from sbir_ray import checkpoint
-from sbir_ray.config import GeneratorTraining, JointTraining, RetrievalConfig, RetrievalTraining
+from sbir_ray.config import GeneratorTraining, RetrievalConfig, RetrievalTraining
 from sbir_ray.errors import DamagedError, UserError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.models.discriminator import PairDiscriminator
 from sbir_ray.models.generator import Generator
 from sbir_ray.models.generators import make_generator

@@ -8,9 +8,9 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from sbir_ray import config as settings
 from sbir_ray.cli_options import FOLDER, show, with_json, with_ray, with_settings
 from sbir_ray.errors import SbirError, UserError
+from sbir_ray.joint_config import JointTraining
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -118,7 +118,7 @@ _JUDGE = click.option(
 @_JUDGE
 @with_ray
 @with_json
-@with_settings(settings.JointTraining)
+@with_settings(JointTraining)
 def ablation(rows: str | None, **options: Any) -> None:
     """What each part of the method brings (the paper's Table 3), and what simpler ways do.
 
@@ -143,7 +143,7 @@ def ablation(rows: str | None, **options: Any) -> None:
 )
 @with_ray
 @with_json
-@with_settings(settings.JointTraining)
+@with_settings(JointTraining)
 def labels(**options: Any) -> None:
     """Accuracy by the share of labels: supervised, joint training, photos as negatives alone.
 
@@ -164,7 +164,7 @@ def labels(**options: Any) -> None:
 )
 @with_ray
 @with_json
-@with_settings(settings.JointTraining)
+@with_settings(JointTraining)
 def photos(counts: tuple[int, ...] | None, **options: Any) -> None:
     """Accuracy by the number of photos without sketches: joint training, photos as negatives alone,
     contour tracing.
@@ -180,7 +180,7 @@ def photos(counts: tuple[int, ...] | None, **options: Any) -> None:
 @_JUDGE
 @with_ray
 @with_json
-@with_settings(settings.JointTraining)
+@with_settings(JointTraining)
 def generation(**options: Any) -> None:
     """How well drawings of held-out photos find their photo (the paper's Table 1).
 
@@ -195,7 +195,7 @@ def generation(**options: Any) -> None:
 def _study(
     name: Literal["ablation", "labels", "photos", "generation"],
     *,
-    config: settings.JointTraining,
+    config: JointTraining,
     out: Path,
     labels: tuple[float, ...],
     split: Literal["val", "test"],

@@ -20,6 +20,7 @@ from sbir_ray.cli_options import (
     with_workers,
 )
 from sbir_ray.errors import UserError
+from sbir_ray.joint_config import JointTraining
 
 
 @click.group()
@@ -180,9 +181,9 @@ def train_semi(
 @OUT
 @with_workers
 @with_json
-@with_settings(settings.JointTraining)
+@with_settings(JointTraining)
 def train_joint(
-    config: settings.JointTraining,
+    config: JointTraining,
     pairs_dir: Path,
     photos: Path,
     teacher: Path | None,

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from sbir_ray.certainty import certainty_deciles, pick_evenly
-from sbir_ray.config import JointTraining
 from sbir_ray.data.photos import encode_jpeg
 from sbir_ray.data.strokes import flatten
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.strict import to_dict
 from tests.tiny import photo, sketch
 

@@ -13,19 +13,16 @@ from sbir_ray.config import (
     DiscriminatorConfig,
     GeneratorConfig,
     GeneratorTraining,
-    JointTraining,
     OptimConfig,
     PenConfig,
-    PolicyConfig,
     RetrievalConfig,
     RetrievalTraining,
     SaveConfig,
-    ScheduleConfig,
-    StreamConfig,
 )
 from sbir_ray.data import photos
 from sbir_ray.data.pairs import new_pairs
 from sbir_ray.data.strokes import Strokes, canonical, flatten
+from sbir_ray.joint_config import JointTraining, PolicyConfig, ScheduleConfig, StreamConfig
 
 NO_CHANGE = AugmentConfig(flip=0.0, rotate=0.0, scale=0.0, shift=0.0, bend=0.0, stroke_dropout=0.0)
 

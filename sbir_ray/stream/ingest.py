@@ -10,10 +10,10 @@ grows with the number of photos is kept in memory.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -38,6 +38,7 @@ from sbir_ray.errors import UserError
 from sbir_ray.places import is_local, place, read_table, remove_tree
 from sbir_ray.runlog import Ledger, Progress, building, versions, write_json_atomic
 from sbir_ray.stream.cluster import run_tasks
+from sbir_ray.stream.disk import disk_told
 from sbir_ray.stream.duplicates import NEAR, RECORD, SAME, Fates, find_duplicates
 from sbir_ray.stream.fetch import is_web, open_place
 from sbir_ray.stream.forbidden import forbid
@@ -57,7 +58,6 @@ from sbir_ray.stream.tables import join_tables
 from sbir_ray.stream.units import MakeRow, Unit
 from sbir_ray.strict import SCHEMA_VERSION, from_dict, to_dict
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _WAVE = 4096
 _BATCH = 65_536
 
@@ -129,7 +129,7 @@ def ingest(
     make = functools.partial(
         Task, sources=texts, retry=retry_failed, make_row=make_row, progress=progress, must=must
     )
-    with _disk_told(out):
+    with disk_told(out):
         if not (add or retry_failed):
             task = make(out=out, config=settings, exclude=kept_out, add_to=None)
             with building(out, _request(task)) as folder:
@@ -285,7 +285,7 @@ def _decide(task: Task, plan: Plan, staging: Staging, scratch: Path) -> Fates:
     stored = 0
     if task.add_to:
         stored = sum(pq.read_metadata(f).num_rows for f in photos.shards(task.add_to))
-    records = _chain(
+    records = itertools.chain(
         _stored_records(task.add_to) if task.add_to else (), _new_records(plan, staging)
     )
     near = task.config.near
@@ -356,7 +356,8 @@ def _write_accounts(
 ) -> Summary:
     """``ledger.parquet``, and ``plan.parquet``, which says of each of its rows what was read."""
     accounts = _accounts(plan, staging, fates)
-    plans, old, before = [plan.file], _chain(), 0
+    plans, before = [plan.file], 0
+    old: Iterator[pa.Table] = iter(())
     if task.add_to:
         old = read_ledger(task.add_to / "ledger.parquet")
         before = pq.read_metadata(task.add_to / "ledger.parquet").num_rows
@@ -365,7 +366,7 @@ def _write_accounts(
         summary = write_ledger(replaced(old, accounts), folder / "ledger.parquet")
         plans.pop()
     else:
-        summary = write_ledger(_chain(old, accounts), folder / "ledger.parquet")
+        summary = write_ledger(itertools.chain(old, accounts), folder / "ledger.parquet")
     total = before if task.retry else before + plan.total
     assert summary.ledger.total == total, (summary.ledger, total)
     if not summary.ledger.count("stored"):
@@ -454,24 +455,6 @@ def _one_at_a_time(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_told(out: Path) -> Iterator[None]:
-    """A disk that takes nothing more as an error that says so, wherever it was met."""
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, OSError) and cause.errno in _FULL:
-                line = cause.strerror or "no space left on device"
-                raise UserError(
-                    f"{out}: cannot be written ({line}); make room and repeat the command, which "
-                    "goes on from there"
-                ) from error
-            cause = getattr(cause, "cause", None) or cause.__cause__ or cause.__context__
-        raise
-
-
-@contextmanager
 def _scratch(work: Path) -> Iterator[Path]:
     """An empty folder of this machine, beside the rest where that is on it."""
     if not is_local(work):
@@ -497,8 +480,3 @@ def _link(source: Path, target: Path) -> None:
 
 def _texts(column: pa.ChunkedArray) -> NDArray[np.str_]:
     return np.array(column.to_pylist(), np.str_)
-
-
-def _chain(*parts: Iterable[Any]) -> Iterator[Any]:
-    for part in parts:
-        yield from part

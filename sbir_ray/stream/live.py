@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 
-from sbir_ray.config import StreamConfig
 from sbir_ray.errors import SbirError, UserError
+from sbir_ray.joint_config import StreamConfig
 from sbir_ray.stream.cluster import ensure_fits
 from sbir_ray.stream.exchange import Fate
 from sbir_ray.stream.filters import RankerSpec, reference_photos

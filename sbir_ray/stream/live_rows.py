@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sbir_ray.config import StreamConfig
 from sbir_ray.data.raster import rasterise
 from sbir_ray.data.strokes import Strokes, fit
+from sbir_ray.joint_config import StreamConfig
 from sbir_ray.stream.live_photos import TicketPhoto, seed_of
 from sbir_ray.stream.sketchers import Drawn
 

@@ -12,16 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from sbir_ray.config import (
-    FilterConfig,
-    JointTraining,
-    OptimConfig,
-    RetrievalTraining,
-    ScheduleConfig,
-    SketchConfig,
-)
+from sbir_ray.config import FilterConfig, OptimConfig, RetrievalTraining, SketchConfig
 from sbir_ray.data.pairs import Split
 from sbir_ray.errors import UserError
+from sbir_ray.joint_config import JointTraining, ScheduleConfig
 from sbir_ray.strict import digest, to_dict
 from sbir_ray.study.data import Cell
 from sbir_ray.study.work import Draw, Measure, Train, Work

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sbir_ray.config import JointTraining
 from sbir_ray.data.pairs import Split, read_header
 from sbir_ray.data.photos import read_store
 from sbir_ray.errors import UserError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.runlog import Progress, versions, write_json_atomic
 from sbir_ray.strict import SCHEMA_VERSION, to_dict, to_toml
 from sbir_ray.study import studies

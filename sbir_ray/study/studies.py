@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from sbir_ray.config import JointTraining
 from sbir_ray.errors import UserError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.study.data import Cell
 from sbir_ray.study.judging import PEOPLE
 from sbir_ray.study.plan import Plan, Row, Variant

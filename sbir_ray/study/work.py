@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sbir_ray.config import GeneratorTraining, JointTraining, SketchConfig
+from sbir_ray.config import GeneratorTraining, SketchConfig
 from sbir_ray.data.pairs import Split
 from sbir_ray.errors import DamagedError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.runlog import Progress, versions, write_json_atomic
 from sbir_ray.strict import SCHEMA_VERSION
 from sbir_ray.study.intervals import Found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from sbir_ray.config import AdamConfig, GeneratorTraining, JointTraining, RetrievalTraining
+from sbir_ray.config import AdamConfig, GeneratorTraining, RetrievalTraining
 from sbir_ray.data.pairs import PairSet, read_header
 from sbir_ray.errors import UserError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.train.position import check_position
 from sbir_ray.train.ranks import Ranks
 
@@ -110,7 +112,7 @@ class Task(Protocol):
         ...
 
 
-class OnePlayer:
+class OnePlayer(ABC):
     """A task with one network, whose rows depend on nothing that training changes."""
 
     players: Mapping[str, Player]
@@ -131,9 +133,9 @@ class OnePlayer:
         """Nothing more to do."""
         return {}
 
+    @abstractmethod
     def data(self) -> dict[str, Any]:
         """What the rows are rows of, see :func:`position.check_position`."""
-        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """The rows are a function of the step and of this."""
@@ -146,6 +148,7 @@ class OnePlayer:
 
     def finish(self) -> None:
         """Nothing more to do."""
+        return
 
 
 def held_out(folder: Path, size: int) -> PairSet | None:

@@ -20,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sbir_ray.config import FilterConfig, GeneratorTraining, JointTraining
+from sbir_ray.config import FilterConfig, GeneratorTraining
 from sbir_ray.data import raster, strokes
 from sbir_ray.data.pairs import PairSet
 from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.data.photos import align, decode_stored, read_store
 from sbir_ray.data.strokes import Strokes
 from sbir_ray.errors import SbirError, UserError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.runlog import Ledger, write_json_atomic
 from sbir_ray.stream.exchange import Fate
 from sbir_ray.stream.filters import filter_reason

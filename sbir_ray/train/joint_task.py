@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sbir_ray.config import JointTraining
 from sbir_ray.data.pairs import PairSet, Split
 from sbir_ray.data.raster import soft_rasterise
 from sbir_ray.errors import UserError
@@ -31,6 +30,7 @@ from sbir_ray.joint import (
     rewards,
     soft_losses,
 )
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.losses import mean_triplet
 from sbir_ray.places import place
 from sbir_ray.runs import load_discriminator, load_generator, load_retrieval

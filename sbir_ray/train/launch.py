@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbir_ray import checkpoint
-from sbir_ray.config import JointTraining
 from sbir_ray.errors import DamagedError, SbirError, StoppedError, UserError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.places import append_text, arrow_file_system, place, remove_tree
 from sbir_ray.runlog import Progress, locked
 from sbir_ray.runs import read_run

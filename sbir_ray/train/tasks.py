@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sbir_ray.config import (
-    DiscriminatorConfig,
-    GeneratorConfig,
-    GeneratorTraining,
-    JointTraining,
-    RetrievalConfig,
-    StreamConfig,
-)
+from sbir_ray.config import DiscriminatorConfig, GeneratorConfig, GeneratorTraining, RetrievalConfig
 from sbir_ray.errors import UserError
+from sbir_ray.joint_config import JointTraining, StreamConfig
 from sbir_ray.places import place
 from sbir_ray.runs import DISCRIMINATOR, generator_training, read_run, retrieval_config
 from sbir_ray.train.generator_task import DiscriminatorTask, GeneratorTask

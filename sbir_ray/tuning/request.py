@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sbir_ray.config import JointTraining, RetrievalTraining
+from sbir_ray.config import RetrievalTraining
 from sbir_ray.data.pairs import read_header
 from sbir_ray.data.photos import read_store
 from sbir_ray.errors import UserError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.strict import to_dict
 from sbir_ray.study.run import marked
 from sbir_ray.tuning.space import Space, with_knobs

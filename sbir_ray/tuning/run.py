@@ -9,13 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sbir_ray.config import (
-    FilterConfig,
-    GeneratorTraining,
-    JointTraining,
-    SketchConfig,
-)
+from sbir_ray.config import FilterConfig, GeneratorTraining, SketchConfig
 from sbir_ray.errors import SbirError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.runlog import Progress, versions, write_json_atomic
 from sbir_ray.strict import SCHEMA_VERSION, to_toml
 from sbir_ray.study.claim import claimed

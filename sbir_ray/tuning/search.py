@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,12 +157,12 @@ class Search(Searcher):  # type: ignore[misc]
         """Nothing: the trials' files are what is kept."""
 
 
-class Draws:
+class Draws(ABC):
     """Who chooses the knobs of a new trial."""
 
+    @abstractmethod
     def next(self, number: int) -> dict[str, Value]:
         """The knobs of the trial with this number."""
-        raise NotImplementedError
 
 
 class Random(Draws):

@@ -11,8 +11,9 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from sbir_ray.config import JointTraining, RetrievalTraining
+from sbir_ray.config import RetrievalTraining
 from sbir_ray.errors import UserError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.strict import from_dict, load, to_dict
 
 Value = float | int | str | bool

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sbir_ray.config import JointTraining, RetrievalTraining
+from sbir_ray.config import RetrievalTraining
 from sbir_ray.errors import SbirError, UserError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.study.work import Measure
 from sbir_ray.train.job import Job
 from sbir_ray.train.tasks import joint_jobs

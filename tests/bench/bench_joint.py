@@ -39,8 +39,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sbir_ray.config import JointTraining
 from sbir_ray.errors import UserError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.runs import load_discriminator, load_generator
 from sbir_ray.stream.live_rows import published
 from sbir_ray.strict import from_dict, load, to_dict

@@ -18,9 +18,9 @@ import torch
 from ray import cloudpickle
 from ray.util.state import list_actors
 
-from sbir_ray.config import StreamConfig
 from sbir_ray.data.strokes import canonical
 from sbir_ray.errors import SbirError, UserError
+from sbir_ray.joint_config import StreamConfig
 from sbir_ray.runs import load_discriminator, load_generator
 from sbir_ray.stream.filters import RankerSpec, reference_photos
 from sbir_ray.stream.live import LiveStream, StreamSpec

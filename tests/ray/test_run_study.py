@@ -6,17 +6,11 @@ import json
 
 import pytest
 
-from sbir_ray.config import (
-    FilterConfig,
-    JointTraining,
-    PolicyConfig,
-    SaveConfig,
-    ScheduleConfig,
-    StreamConfig,
-)
+from sbir_ray.config import FilterConfig, SaveConfig
 from sbir_ray.data.pairs import PairSet
 from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.errors import UserError
+from sbir_ray.joint_config import JointTraining, PolicyConfig, ScheduleConfig, StreamConfig
 from sbir_ray.runlog import Progress
 from sbir_ray.study.run import Request, run_study
 from tests.tiny import generator_config, retrieval_config, tiny_pairs

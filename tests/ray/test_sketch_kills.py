@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-from pyarrow import parquet
 from ray import cloudpickle
 
 from sbir_ray.config import SketchConfig
@@ -17,29 +16,13 @@ from sbir_ray.stream.pseudo_store import account, iter_rows, read_header
 from sbir_ray.stream.sketching import sketch
 from tests import fake_sketcher
 from tests.fake_sketcher import FakeSpec, aligned
+from tests.pseudo_rows import drawn, rows_of
 from tests.tiny_store import tiny_store
 
 # Workers cannot import it.
 cloudpickle.register_pickle_by_value(fake_sketcher)
 
 CONFIG = SketchConfig(samples=2, temperature=1.0, batch_size=4)
-
-
-def rows_of(out, without=()):
-    """By photo and sample."""
-    return {
-        (row["photo_id"], row["sample"]): {k: v for k, v in row.items() if k not in without}
-        for row in iter_rows(out, kept_only=False)
-    }
-
-
-def drawn(out):
-    """Photos that each round drew."""
-    found = {}
-    for folder in sorted(out.glob("round-*")):
-        files = [parquet.read_table(file, columns=["photo_id"]) for file in folder.glob("part-*")]
-        found[folder.name] = {name for table in files for name in table["photo_id"].to_pylist()}
-    return [found[name] for name in sorted(found)]
 
 
 def test_a_killed_actor_changes_no_row(tmp_path, cluster):

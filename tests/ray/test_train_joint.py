@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sbir_ray import checkpoint
-from sbir_ray.config import FilterConfig, ScheduleConfig, StreamConfig
+from sbir_ray.config import FilterConfig
+from sbir_ray.joint_config import ScheduleConfig, StreamConfig
 from sbir_ray.train.launch import Actors, train
 from sbir_ray.train.tasks import joint_jobs
 from tests.interrupted import interrupted

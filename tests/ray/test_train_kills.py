@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sbir_ray import checkpoint
-from sbir_ray.config import FilterConfig, OptimConfig, SaveConfig, ScheduleConfig, StreamConfig
+from sbir_ray.config import FilterConfig, OptimConfig, SaveConfig
+from sbir_ray.joint_config import ScheduleConfig, StreamConfig
 from sbir_ray.train.job import Job
 from sbir_ray.train.launch import Actors, train
 from sbir_ray.train.loop import fit

@@ -5,14 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sbir_ray.config import (
-    ChoiceConfig,
-    FilterConfig,
-    GeneratorTraining,
-    JointTraining,
-    RetrievalTraining,
-)
+from sbir_ray.config import ChoiceConfig, FilterConfig, GeneratorTraining, RetrievalTraining
 from sbir_ray.errors import UserError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.strict import check_schema, digest, from_dict, load, to_dict
 
 

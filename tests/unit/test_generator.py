@@ -14,6 +14,7 @@ from sbir_ray.data import strokes as sketches
 from sbir_ray.data.strokes import Strokes
 from sbir_ray.models.drawing import Drawing, Noise
 from sbir_ray.models.paper import PaperGenerator
+from tests.padding import padded
 
 SIZE = 64
 
@@ -47,15 +48,6 @@ def small(seed: int = 0, **changes: object) -> PaperGenerator:
 def photos(count: int, seed: int = 0) -> Tensor:
     source = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, SIZE, SIZE), dtype=torch.uint8, generator=source)
-
-
-def padded(sequences: Sequence[np.ndarray], extra: int = 0) -> tuple[Tensor, Tensor]:
-    """Stroke-5 rows, padded with junk, and their lengths."""
-    length = torch.tensor([len(rows) for rows in sequences])
-    points = torch.full((len(sequences), int(length.max()) + extra, 5), 7.0)
-    for row, rows in zip(points, sequences, strict=True):
-        row[: len(rows)] = torch.from_numpy(rows)
-    return points, length
 
 
 def people(generator: PaperGenerator, counts: Sequence[int]) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sbir_ray import losses
-from sbir_ray.config import GeneratorConfig, PolicyConfig, RetrievalLossConfig
+from sbir_ray.config import GeneratorConfig, RetrievalLossConfig
 from sbir_ray.joint import (
     PairRows,
     discriminator_losses,
@@ -18,6 +18,7 @@ from sbir_ray.joint import (
     rewards,
     soft_losses,
 )
+from sbir_ray.joint_config import PolicyConfig
 
 
 def rows(seed=0, labelled=(1, 1, 1, 0, 0), certainty=(1, 1, 1, 0.8, 0.2), extra=2, kept=None):

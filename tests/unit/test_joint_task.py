@@ -10,16 +10,10 @@ import pytest
 import torch
 
 from sbir_ray import checkpoint
-from sbir_ray.config import (
-    FilterConfig,
-    JointTraining,
-    PolicyConfig,
-    RetrievalLossConfig,
-    ScheduleConfig,
-    StreamConfig,
-)
+from sbir_ray.config import FilterConfig, RetrievalLossConfig
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.joint import policy_losses
+from sbir_ray.joint_config import JointTraining, PolicyConfig, ScheduleConfig, StreamConfig
 from sbir_ray.runs import load_discriminator, load_generator, load_retrieval
 from sbir_ray.stream.live_rows import LiveRow
 from sbir_ray.stream.sketchers import Drawn

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from sbir_ray.config import StreamConfig
 from sbir_ray.data import photos
 from sbir_ray.data.raster import rasterise
 from sbir_ray.data.strokes import fit
+from sbir_ray.joint_config import StreamConfig
 from sbir_ray.models.discriminator import PairDiscriminator
 from sbir_ray.models.paper import PaperGenerator
 from sbir_ray.stream.live_photos import TicketPhoto

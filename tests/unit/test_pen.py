@@ -15,6 +15,7 @@ from sbir_ray.models.drawing import DOWN, PEN_START
 from sbir_ray.models.generator import Seen
 from sbir_ray.models.pen import CELLS, INK, PenGenerator
 from sbir_ray.train.pen_rows import Traced, framed, slipped
+from tests.padding import padded
 
 SIZE = 64
 STILL = PenConfig(rotate=0.0, scale=0.0, shift=0.0)
@@ -57,15 +58,6 @@ def people(counts: Sequence[int], seed: int = 0) -> list[Strokes]:
         points = rng.uniform(0, 256, (count, 2)).astype(np.float32)
         drawn.append(sketches.canonical([points[: count // 2], points[count // 2 :]]))
     return drawn
-
-
-def padded(sequences: Sequence[np.ndarray], extra: int = 0) -> tuple[Tensor, Tensor]:
-    """Stroke-5 rows, padded with junk, and their lengths."""
-    length = torch.tensor([len(rows) for rows in sequences])
-    points = torch.full((len(sequences), int(length.max()) + extra, 5), 7.0)
-    for row, rows in zip(points, sequences, strict=True):
-        row[: len(rows)] = torch.from_numpy(rows)
-    return points, length
 
 
 # --------------------------------------------------------------------------- likelihood

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sbir_ray import losses
-from sbir_ray.config import GeneratorConfig, PolicyConfig
+from sbir_ray.config import GeneratorConfig
 from sbir_ray.joint import PolicyRows, policy_losses
+from sbir_ray.joint_config import PolicyConfig
 from sbir_ray.models.paper import PaperGenerator
 
 BASELINES = ("none", "greedy", "leave_one_out")

@@ -8,7 +8,6 @@ import signal
 from functools import partial
 
 import pytest
-from pyarrow import parquet
 
 from sbir_ray.config import FilterConfig, SketchConfig
 from sbir_ray.errors import UserError
@@ -20,26 +19,10 @@ from sbir_ray.stream.sketch_actor import SketchActor, write_rows
 from sbir_ray.stream.sketch_blocks import read_photos
 from sbir_ray.stream.sketching import sketch
 from tests.fake_sketcher import SIDE, FakeSpec
+from tests.pseudo_rows import drawn, rows_of
 from tests.tiny_store import tiny_store
 
 CONFIG = SketchConfig(samples=2, temperature=1.0, batch_size=4)
-
-
-def rows_of(out, without=()):
-    """By photo and sample."""
-    return {
-        (row["photo_id"], row["sample"]): {k: v for k, v in row.items() if k not in without}
-        for row in iter_rows(out, kept_only=False)
-    }
-
-
-def drawn(out):
-    """Photos that each round drew."""
-    found = {}
-    for folder in sorted(out.glob("round-*")):
-        files = [parquet.read_table(file, columns=["photo_id"]) for file in folder.glob("part-*")]
-        found[folder.name] = {name for table in files for name in table["photo_id"].to_pylist()}
-    return [found[name] for name in sorted(found)]
 
 
 class Here:

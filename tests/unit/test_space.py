@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sbir_ray.config import JointTraining, RetrievalTraining
+from sbir_ray.config import RetrievalTraining
 from sbir_ray.errors import UserError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.strict import load, to_toml
 from sbir_ray.tuning.space import Knob, defaults, read_space, with_knobs
 

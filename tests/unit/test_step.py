@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sbir_ray.config import OptimConfig, PolicyConfig, ScheduleConfig
+from sbir_ray.config import OptimConfig
+from sbir_ray.joint_config import PolicyConfig, ScheduleConfig
 from sbir_ray.train import joint_task, loop
 from sbir_ray.train.job import Job
 from sbir_ray.train.loop import fit

@@ -10,19 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sbir_ray.cli import main
-from sbir_ray.config import (
-    AdamConfig,
-    FilterConfig,
-    GeneratorTraining,
-    JointTraining,
-    PolicyConfig,
-    RetrievalTraining,
-    ScheduleConfig,
-)
+from sbir_ray.config import AdamConfig, FilterConfig, GeneratorTraining, RetrievalTraining
 from sbir_ray.data.pairs import hash_of
 from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.data.photos import read_store
 from sbir_ray.errors import DamagedError, UserError
+from sbir_ray.joint_config import JointTraining, PolicyConfig, ScheduleConfig
 from sbir_ray.runlog import Progress
 from sbir_ray.strict import load, to_dict, to_toml
 from sbir_ray.study import studies
