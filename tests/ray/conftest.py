@@ -4,6 +4,7 @@ import pytest
 import ray
 
 from sbir_ray.stream.cluster import connect
+from tests.object_store import make_bucket, object_store
 
 
 def pytest_configure(config):
@@ -15,11 +16,23 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
-def cluster():
-    """A Ray of 4 logical CPUs, whatever cluster the environment names."""
-    with pytest.MonkeyPatch.context() as patch:
+def cluster(tmp_path_factory):
+    """A Ray of 4 logical CPUs, whatever cluster the environment names.
+
+    Its processes know the way to an object store, since they keep the environment they began with.
+    """
+    log = tmp_path_factory.mktemp("objects") / "log"
+    with object_store(str(log)) as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
         # Ray Train's controller looks every so often; its default of 2 s is for long runs.
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         with connect(num_cpus=4):
             yield ray
+
+
+@pytest.fixture(scope="session")
+def bucket(cluster):
+    """The URI of a bucket that this process and those of the cluster reach."""
+    return make_bucket("tests")
