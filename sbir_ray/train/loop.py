@@ -301,6 +301,13 @@ def _score(result: Mapping[str, float]) -> tuple[float, ...]:
     return tuple(map(float, numbers)) if all(map(math.isfinite, numbers)) else ()
 
 
+def _stays(entry: Mapping[str, Any], start: int) -> bool:
+    """Whether a line stays in the log of a run that goes on at ``start``: the last evaluation is
+    made again."""
+    last = entry["kind"] == "evaluation" and entry["step"] == entry["steps"]
+    return bool(entry["step"] <= start and not last)
+
+
 class _Log:
     """``metrics.jsonl`` of a run, and on a disk TensorBoard events; lines after a resumed step are
     dropped, and one that a killed process left half written."""
@@ -312,7 +319,7 @@ class _Log:
         kept = []
         if self.file.exists():
             whole, _, _ = self.file.read_text().rpartition("\n")
-            kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= start]
+            kept = [line for line in whole.splitlines() if _stays(json.loads(line), start)]
         write_bytes(self.file, "".join(f"{line}\n" for line in kept).encode())
         self.board: Board | None = None
         if is_local(run):
