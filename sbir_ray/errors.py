@@ -32,3 +32,10 @@ class StoppedError(SbirError):
     """Training was asked to end (SIGTERM) and did so: the same command goes on from there."""
 
     exit_code = 143
+
+
+def by_name(name: str) -> type[SbirError]:
+    """The kind of an error that another process raised; that of one that is not known here is
+    :class:`SbirError`."""
+    kinds: list[type[SbirError]] = [UserError, DamagedError, StoppedError]
+    return next((kind for kind in kinds if kind.__name__ == name), SbirError)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbir_ray import checkpoint
-from sbir_ray.errors import DamagedError, SbirError, StoppedError, UserError
+from sbir_ray.errors import SbirError, by_name
 from sbir_ray.joint_config import JointTraining
 from sbir_ray.places import append_text, arrow_file_system, place, remove_tree
 from sbir_ray.runlog import Progress, locked
@@ -38,7 +38,6 @@ MESSAGES = "messages.log"
 _POLL = 0.5
 _RETRIES = 2
 """Times in a row that a worker group is started again by Ray."""
-_ERRORS = {kind.__name__: kind for kind in (SbirError, UserError, DamagedError, StoppedError)}
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
         finally:
             remove_tree(storage)
     if "error" in answer:
-        raise _ERRORS[answer["kind"]](answer["error"])
+        raise by_name(answer["kind"])(answer["error"])
     results: list[dict[str, Any]] = answer["results"]
     return results
 

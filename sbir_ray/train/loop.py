@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sbir_ray import checkpoint
-from sbir_ray.errors import SbirError, StoppedError, UserError
+from sbir_ray.errors import SbirError, StoppedError, UserError, by_name
 from sbir_ray.places import append_text, is_local, place, write_bytes
 from sbir_ray.runlog import versions, write_json_atomic
 from sbir_ray.runs import read_run
@@ -86,7 +86,7 @@ def fit(
         if ranks.rank == 0:
             log = stack.enter_context(contextlib.closing(_Log(run, start, task.steps)))
         course = _Course(job, identity, task, optimizers, ranks, log, say, stop)
-        course.steps(start, live is not None)
+        course.steps(start)
         result = course.measure(task.steps)
         task.finish()
     course.save(task.steps, _score(result))
@@ -109,7 +109,7 @@ class _Course:
     say: Callable[[str], None]
     stop: Callable[[], bool]
 
-    def steps(self, start: int, live: bool) -> None:
+    def steps(self, start: int) -> None:
         """The steps from ``start`` on: rows, losses, gradients of all ranks, one update."""
         task, ranks, save, log = self.task, self.ranks, self.job.config.save, self.log
         skipped, due, measure, stopping = 0, False, False, False
@@ -118,8 +118,8 @@ class _Course:
             ahead: Future[Any] | None = None
             for step in range(start, task.steps):
                 began = time.monotonic()
-                # Rows that come from elsewhere may fail on one rank alone.
-                with _shared(ranks) if live else contextlib.nullcontext():
+                # Rows may fail on one rank alone.
+                with _shared(ranks):
                     batch = task.batch(step) if ahead is None else ahead.result()
                 waited = time.monotonic() - began
                 more = step + 1 < task.steps and task.ahead(step + 1)
@@ -204,8 +204,8 @@ class _Course:
 
 @contextlib.contextmanager
 def _shared(ranks: Ranks) -> Iterator[None]:
-    """An error of one rank ends all; else the others would wait for that rank until their
-    collective gives up."""
+    """An error of one rank ends all, by that rank's name; else the others would wait for it until
+    their collective gives up."""
     if ranks.world == 1:
         yield
         return
@@ -214,11 +214,14 @@ def _shared(ranks: Ranks) -> Iterator[None]:
         yield
     except SbirError as found:
         error = found
-    told = [text for text in ranks.share("" if error is None else str(error)) if text]
+    mine = [] if error is None else [type(error).__name__, str(error)]
+    told = [json.loads(text) for text in ranks.share(json.dumps(mine))]
     if error is not None:
         raise error
-    if told:
-        raise SbirError(told[0])
+    for rank, found_there in enumerate(told):
+        if found_there:
+            kind, text = found_there
+            raise by_name(kind)(f"rank {rank}: {text}")
 
 
 def _keep_memory() -> None:

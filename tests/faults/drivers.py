@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -80,7 +82,12 @@ def driving(*words: object, folder: Path, address: str = "") -> Iterator[Driver]
     """
     mark = uuid.uuid4().hex
     said = folder / f"{mark}.txt"
-    ray = {"RAY_ADDRESS": address} if address else {}
+    # Short, since Ray makes sockets in it.
+    temporary = Path(tempfile.mkdtemp(prefix="ray-"))
+    (temporary / "ray").mkdir()
+    # A cluster that somebody has started on this machine, who is gone: not ours to join.
+    (temporary / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+    ray = {"RAY_ADDRESS": address} if address else {"RAY_TMPDIR": str(temporary)}
     others = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with said.open("wb") as stream:
         process = subprocess.Popen(
@@ -95,3 +102,4 @@ def driving(*words: object, folder: Path, address: str = "") -> Iterator[Driver]
     finally:
         process.kill()
         process.wait()
+        shutil.rmtree(temporary, ignore_errors=True)

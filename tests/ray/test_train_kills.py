@@ -3,23 +3,17 @@ have had."""
 
 import dataclasses
 import json
-import os
-import socket
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from sbir_ray import checkpoint
 from sbir_ray.config import FilterConfig, OptimConfig, SaveConfig
 from sbir_ray.joint_config import ScheduleConfig, StreamConfig
 from sbir_ray.train.job import Job
 from sbir_ray.train.launch import Actors, train
-from sbir_ray.train.loop import fit
-from sbir_ray.train.ranks import Ranks
 from sbir_ray.train.tasks import joint_jobs
+from tests.faults.calm import assert_same_weights, train_undisturbed
 from tests.faults.kit import DRAWS, TRAINS, assert_ledger, assert_no_orphans, killing
 from tests.tiny import joint_config, retrieval_config, tiny_pairs
 from tests.tiny_store import tiny_store
@@ -31,16 +25,6 @@ def saved(run, step):
 
 def logged(run):
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
-def _undisturbed(rank, world, port, job):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    fit(job, Ranks(rank, world), torch.device("cpu"), lambda _: None)
-    dist.destroy_process_group()
-    # The libraries' threads may abort a process that ends by the interpreter's way; all is written.
-    os._exit(0)
 
 
 @pytest.mark.slow
@@ -61,14 +45,9 @@ def test_a_killed_worker_leaves_the_weights_of_a_run_that_was_not_disturbed(tmp_
     assert steps == list(range(1, 61))
 
     calm = dataclasses.replace(job, out=str(tmp_path / "b"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_undisturbed, (2, port, calm), nprocs=2)
-    one, two = (checkpoint.load(tmp_path / name) for name in "ab")
-    assert one.step == two.step == 60
-    assert all(torch.equal(one.model[key], two.model[key]) for key in one.model)
-    assert all(torch.equal(one.optim[key], two.optim[key]) for key in one.optim)
+    train_undisturbed(calm)
+    assert checkpoint.load(tmp_path / "a").step == 60
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_killed_learner_and_a_killed_generator_leave_an_account_that_adds_up(tmp_path, cluster):
