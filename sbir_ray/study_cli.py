@@ -102,6 +102,36 @@ _LABELS = click.option(
     show_default=True,
     help="Share of the training photos that keep their sketches.",
 )
+
+
+class Names(click.ParamType[tuple[str, ...]]):
+    """Names divided by commas."""
+
+    name = "names"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """A tuple of them."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(name.strip() for name in str(value).split(","))
+
+
+_ROWS = click.option(
+    "--rows",
+    type=Names(),
+    default=(),
+    metavar="NAME,NAME",
+    help="Some rows alone, as supervised,full.",
+)
+_AGAINST = click.option(
+    "--against",
+    metavar="NAME",
+    default="supervised",
+    show_default=True,
+    help="The row that the others are compared with.",
+)
 _JUDGE = click.option(
     "--judge",
     type=FOLDER,
@@ -114,12 +144,13 @@ _JUDGE = click.option(
 @study.command()
 @_with_common
 @_LABELS
-@click.option("--rows", metavar="NAME,NAME", help="Some rows alone, as full,supervised.")
+@_ROWS
+@_AGAINST
 @_JUDGE
 @with_ray
 @with_json
 @with_settings(JointTraining)
-def ablation(rows: str | None, **options: Any) -> None:
+def ablation(**options: Any) -> None:
     """What each part of the method brings (the paper's Table 3), and what simpler ways do.
 
     Rows: supervised, full (joint training), no-weighting, no-teacher, no-attention, no-joint,
@@ -128,8 +159,7 @@ def ablation(rows: str | None, **options: Any) -> None:
 
     Example: sbir-ray study ablation --pairs chairs --out studies/ablation --labels 0.4 --seeds 3
     """
-    names = [] if rows is None else [name.strip() for name in rows.split(",")]
-    _study("ablation", rows=tuple(names), **options)
+    _study("ablation", **options)
 
 
 @study.command()
@@ -141,15 +171,22 @@ def ablation(rows: str | None, **options: Any) -> None:
     show_default=True,
     help="Shares of the training photos that keep their sketches.",
 )
+@_ROWS
+@_AGAINST
 @with_ray
 @with_json
 @with_settings(JointTraining)
 def labels(**options: Any) -> None:
-    """Accuracy by the share of labels: supervised, joint training, photos as negatives alone.
+    """Accuracy by the share of labels (Fig. 4b of the paper), with all controls.
 
-    This is Fig. 4b of the paper. At a share of 1 the photos without sketches are those of --photos.
+    Rows of each share: supervised, negatives (photos as negatives alone), edges and contours (as
+    pseudo sketches), contours-negatives (both), paper-drawings and drawings (the best of 4
+    drawings of each photo, chosen by the teacher), mixed (these, contours and negatives), full
+    (joint training). All have as many updates of F. At a share of 1 the photos without sketches
+    are those of --photos. The same command with another --against compares anew at once.
 
-    Example: sbir-ray study labels --pairs chairs --photos photos --out studies/labels
+    Example: sbir-ray study labels --pairs chairs --photos photos --labels 0.1,0.2 --rows
+    supervised,negatives,contours,mixed --against negatives --out studies/labels
     """
     _study("labels", several=True, **options)
 

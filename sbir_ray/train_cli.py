@@ -125,7 +125,13 @@ def train_generator(
 
 @train.command("semi")
 @PAIRS
-@click.option("--pseudo", type=FOLDER, help="PSEUDO folder: drawn photos, as weighted pairs.")
+@click.option(
+    "--pseudo",
+    type=FOLDER,
+    multiple=True,
+    help="PSEUDO folder: drawn photos, as weighted pairs. Several: of a photo that more than one "
+    "has drawn, one drawing at random each time.",
+)
 @click.option("--teacher", type=FOLDER, help="Run of the supervised network, for distillation.")
 @click.option(
     "--negatives",
@@ -145,7 +151,7 @@ def train_generator(
 def train_semi(
     config: settings.RetrievalTraining,
     pairs_dir: Path,
-    pseudo: Path | None,
+    pseudo: tuple[Path, ...],
     teacher: Path | None,
     negatives: Path | None,
     begin: Path | None,
@@ -155,18 +161,23 @@ def train_semi(
 ) -> None:
     """Semi-supervised training of the retrieval network on labelled and pseudo pairs (Eq. 7).
 
-    Example: sbir-ray train semi --pairs chairs --pseudo pseudo --teacher runs/f --out runs/semi
+    Example: sbir-ray train semi --pairs chairs --pseudo drawn --pseudo traced --negatives photos
+    --set negatives=16 --teacher runs/f --out runs/semi
     """
-    from sbir_ray.train.job import Job
+    from sbir_ray.train.job import Job, pseudo_inputs
 
-    if pseudo is None and negatives is None:
+    if not pseudo and negatives is None:
         raise UserError("train semi: give --pseudo, --negatives or both; else use train retrieval")
     if negatives is not None and config.negatives == 0:
         raise UserError("--negatives has no effect with negatives=0; add --set negatives=16")
     if negatives is None and config.negatives:
         raise UserError(f"negatives={config.negatives} needs photos; add --negatives PHOTOS")
     inputs = _inputs(
-        pairs=pairs_dir, pseudo=pseudo, teacher=teacher, negatives=negatives, begin=begin
+        pairs=pairs_dir,
+        **pseudo_inputs(pseudo),
+        teacher=teacher,
+        negatives=negatives,
+        begin=begin,
     )
     _train([Job("retrieval", str(out.resolve()), config, inputs)], as_json=as_json, **ray)
 

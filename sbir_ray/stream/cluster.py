@@ -197,7 +197,13 @@ def _start(num_cpus: int) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     _own_token()
     with _no_stderr():
-        ray.init(num_cpus=num_cpus, log_to_driver=False, logging_level=logging.ERROR)
+        # "local": Ray would otherwise join whatever other cluster runs on this machine.
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
 
 
 def _join(address: str) -> None:

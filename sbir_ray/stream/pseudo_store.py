@@ -313,6 +313,25 @@ class PseudoSet:
     """(M,) in [0, 1]."""
 
     @classmethod
+    def join(cls, sets: Sequence[PseudoSet]) -> PseudoSet:
+        """The pairs of several sets, of one image size; a photo's picture is its first set's."""
+        where: dict[str, NDArray[np.uint8]] = {}
+        for one in sets:
+            for name, photo in zip(one.photo_ids, one.photos, strict=True):
+                where.setdefault(name, photo)
+        ids = sorted(where)
+        index = {name: number for number, name in enumerate(ids)}
+        return cls(
+            photo_ids=ids,
+            photos=np.stack([where[name] for name in ids]),
+            sketches=[sketch for one in sets for sketch in one.sketches],
+            photo_of=np.array(
+                [index[one.photo_ids[i]] for one in sets for i in one.photo_of], np.int64
+            ),
+            certainty=np.concatenate([one.certainty for one in sets]),
+        )
+
+    @classmethod
     def load(
         cls,
         folder: str | Path,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,24 +45,23 @@ def execute(
     """
     waiting = {piece.name: piece for piece in work if not piece.done}
     failed: dict[str, str] = {}
-    with progress("study") as bar, _Tasks(parallel, cpus, gpu) as tasks:
+    with (
+        progress("study") as bar,
+        _Tasks(parallel, cpus, gpu) as tasks,
+        _Drawings(gpu) as drawings,
+    ):
         line = _Line(bar, waiting)
         line.show(tasks.running, failed)
-        while waiting or tasks.running:
+        while waiting or tasks.running or drawings.running:
             ended = _hopeless(waiting, failed)
-            open_ = set(waiting) | {piece.name for piece in tasks.running}
-            ready = [p for p in waiting.values() if not open_.intersection(p.needs)]
-            drawings = [piece for piece in ready if isinstance(piece, Draw)]
-            for piece in ready:
-                if piece not in drawings and tasks.room:
-                    tasks.start(waiting.pop(piece.name))
-            if drawings:
-                # By actors of its own, while the tasks go on.
-                drawing = waiting.pop(drawings[0].name)
-                bar.say(f"{drawing.name}: actors draw")
-                ended.append(Ended(drawing, *_attempt(drawing, gpu)))
-            elif tasks.running:
-                ended += tasks.wait(_POLL)
+            running = [*tasks.running, *drawings.running]
+            open_ = set(waiting) | {piece.name for piece in running}
+            for piece in [p for p in waiting.values() if not open_.intersection(p.needs)]:
+                place = drawings if isinstance(piece, Draw) else tasks
+                if place.room:
+                    place.start(waiting.pop(piece.name))
+            ended += tasks.wait(_POLL) if tasks.running else ()
+            ended += drawings.wait(0 if tasks.running else _POLL)
             for piece, reason, trace in ended:
                 if reason:
                     failed[piece.name] = reason
@@ -165,6 +165,41 @@ class _Tasks:
             except RayError as error:
                 reason, trace = f"its process ended ({type(error).__name__})", str(error)
             yield Ended(self.pieces.pop(ref), reason, trace)
+
+
+class _Drawings:
+    """A drawing at a time, by actors of its own, while the tasks go on."""
+
+    def __init__(self, gpu: bool) -> None:
+        self.gpu = gpu
+        self.thread = ThreadPoolExecutor(1, "drawings")
+        self.pieces: dict[Future[tuple[str, str]], Work] = {}
+
+    def __enter__(self) -> _Drawings:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # One that is under way ends with Ray.
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def running(self) -> list[Work]:
+        """The one that has not ended."""
+        return list(self.pieces.values())
+
+    @property
+    def room(self) -> bool:
+        """Whether another may start."""
+        return not self.pieces
+
+    def start(self, piece: Work) -> None:
+        """Have it drawn."""
+        self.pieces[self.thread.submit(_attempt, piece, self.gpu)] = piece
+
+    def wait(self, seconds: float) -> Iterator[Ended]:
+        """Those that end meanwhile."""
+        for done in wait(list(self.pieces), timeout=seconds).done:
+            yield Ended(self.pieces.pop(done), *done.result())
 
 
 class _Line:

@@ -19,12 +19,11 @@ from sbir_ray.joint_config import JointTraining, ScheduleConfig
 from sbir_ray.strict import digest, to_dict
 from sbir_ray.study.data import Cell
 from sbir_ray.study.work import Draw, Measure, Train, Work
-from sbir_ray.train.job import Config, Job
+from sbir_ray.train.job import Config, Job, pseudo_inputs
 from sbir_ray.train.tasks import generator_jobs
 
-How = Literal["supervised", "negatives", "contours", "edges", "generator", "joint"]
-"""What F learns from beside labelled pairs: nothing, photos as negatives alone, cached pseudo
-pairs by contours, edge maps or the generator, or joint training."""
+Drawer = Literal["contours", "edges", "generator"]
+"""Who draws the photos without sketches, once for all of F's training."""
 JUDGE_SEED = 1000
 """Of the judge, above the study's first: no network under test is made from it."""
 
@@ -42,7 +41,14 @@ class Variant:
 
     name: str
     title: str
-    how: How
+    joint: bool = False
+    """Joint training; else F alone, on labelled pairs and what else is said here."""
+    drawn: tuple[Drawer, ...] = ()
+    """Pseudo pairs by these; of a photo with several, one at random each time."""
+    samples: int = 1
+    """Drawings of each photo by the generator, of which the teacher chooses one."""
+    negatives: bool = False
+    """Photos as negatives: as many as pseudo pairs, beside these half as many."""
     change: Callable[[JointTraining], JointTraining] = _same
     """What is different from the study's configuration."""
 
@@ -121,13 +127,14 @@ class Plan:
         Raises:
             UserError: the variant contradicts another setting, or the cell has no photos for it.
         """
-        if variant.how != "supervised" and not cell.pool:
+        learns_more = variant.joint or variant.drawn or variant.negatives
+        if learns_more and not cell.pool:
             raise UserError(
                 f"{variant.name}: no photo is without a sketch at labels={cell.labels:g}; "
                 "give --photos, or fewer labels"
             )
         config = self.changed(variant, cell.seed)
-        if variant.how == "joint":
+        if variant.joint:
             return self._joint(variant.name, config, cell)
         return self._alone(variant, config, cell)
 
@@ -160,23 +167,23 @@ class Plan:
         inputs: dict[str, str] = {"pairs": cell.pairs}
         needs: list[str] = []
         drawer = None
-        place = cell.name
-        if variant.how == "supervised":
-            place = cell.labelled
-        elif variant.how == "negatives":
+        if variant.negatives:
             rows = round(training.pseudo_share * training.optim.batch_size)
-            training = replace(training, negatives=rows)
+            training = replace(training, negatives=rows // 2 if variant.drawn else rows)
             inputs["negatives"] = cell.pool
-        else:
-            if variant.how == "generator":
-                drawer = self.generator(cell, config)
-            pseudo = self._draw(variant.how, drawer, config, cell)
-            inputs["pseudo"] = pseudo.out
-            needs.append(pseudo.name)
-            if training.loss.distill != "none":
-                teacher = self.teacher(cell)
-                inputs["teacher"] = teacher.run
-                needs.append(teacher.name)
+        if "generator" in variant.drawn:
+            drawer = self.generator(cell, config)
+        drawn = [
+            self._draw(by, drawer if by == "generator" else None, config, cell, variant.samples)
+            for by in variant.drawn
+        ]
+        inputs |= pseudo_inputs([pseudo.out for pseudo in drawn])
+        needs += [pseudo.name for pseudo in drawn]
+        if variant.drawn and training.loss.distill != "none":
+            teacher = self.teacher(cell)
+            inputs["teacher"] = teacher.run
+            needs.append(teacher.name)
+        place = cell.name if variant.drawn or variant.negatives else cell.labelled
         run = self._train(f"{place}/{variant.name}", "retrieval", training, inputs, tuple(needs))
         return Trained(run, drawer, training.optim.steps)
 
@@ -199,29 +206,33 @@ class Plan:
             inputs["photos"], place = cell.pool, cell.name
         return self._train(f"{place}/{name}", "generator", alone, inputs)
 
-    def _draw(self, how: How, drawer: Train | None, config: JointTraining, cell: Cell) -> Draw:
+    def _draw(
+        self, by: Drawer, drawer: Train | None, config: JointTraining, cell: Cell, samples: int
+    ) -> Draw:
         """The pool drawn once, filtered as joint training filters."""
         filters, temperature = config.filters, config.stream.temperature
         needs: list[str] = []
-        sketcher, by = str(how), str(how)
+        sketcher, name = str(by), f"{cell.name}/drawn-by-{by}"
         if drawer is None:
-            filters, temperature = _of_tracers(filters), 0.0
+            filters, temperature, samples = _of_tracers(filters), 0.0, 1
         else:
-            sketcher, by = drawer.run, Path(drawer.run).name
+            sketcher, name = drawer.run, f"{cell.name}/drawn-by-{Path(drawer.run).name}"
+            name += f"-best-of-{samples}" if samples > 1 else ""
             needs.append(drawer.name)
         teacher = ""
-        if filters.max_rank:
+        if filters.max_rank or samples > 1:
             ranker = self.teacher(cell)
             teacher = ranker.run
             needs.append(ranker.name)
-        name = f"{cell.name}/drawn-by-{by}"
         return self._add(
             Draw(
                 name=name,
                 photos=cell.pool,
                 out=str(self.out / "pseudo" / name),
                 sketcher=sketcher,
-                config=SketchConfig(seed=cell.seed, temperature=temperature, filters=filters),
+                config=SketchConfig(
+                    seed=cell.seed, samples=samples, temperature=temperature, filters=filters
+                ),
                 teacher=teacher,
                 needs=tuple(needs),
             )

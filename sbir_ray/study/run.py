@@ -22,12 +22,17 @@ from sbir_ray.study.claim import claimed
 from sbir_ray.study.data import Cell, part_of_pool, prepare
 from sbir_ray.study.execute import execute
 from sbir_ray.study.intervals import METHOD, chance
-from sbir_ray.study.plan import Plan, Row
+from sbir_ray.study.plan import Plan, Row, Variant
 from sbir_ray.study.tables import CHANCE, markdown, numbers, plot
 from sbir_ray.study.work import Measure
 
 Name = Literal["ablation", "labels", "photos", "generation"]
 _RESULT, _SETTINGS = "study.json", "joint.toml"
+_VARIED: dict[str, Callable[[JointTraining], list[Variant]]] = {
+    "ablation": studies.ablation_variants,
+    "labels": studies.label_variants,
+}
+"""The studies whose rows can be chosen."""
 _DOUBLINGS = 4
 """Halvings of the pool below the whole of it, by default."""
 
@@ -47,7 +52,9 @@ class Request:
     """Shares of the training photos that keep their sketches."""
     seeds: int = 3
     rows: tuple[str, ...] = ()
-    """Names of the rows, for ``ablation``; all by default."""
+    """Names of the rows, for ``ablation`` and ``labels``; all by default."""
+    against: str = studies.SUPERVISED.name
+    """Name of the row that these two compare the others with."""
     counts: tuple[int, ...] = ()
     """Numbers of photos, for ``photos``; doubling up to all by default."""
     split: Split = "val"
@@ -79,6 +86,8 @@ class Request:
         shares = [f"{share:g}" for share in self.labels]
         words += ["--labels", ",".join(shares), "--split", self.split, "--seeds", str(self.seeds)]
         words += ["--rows", ",".join(self.rows)] if self.rows else []
+        if self.study in _VARIED and self.against != studies.SUPERVISED.name:
+            words += ["--against", self.against]
         words += ["--counts", ",".join(map(str, self.counts))] if self.counts else []
         return shlex.join([*words, "--config", str(out / _SETTINGS), "--out", str(out)])
 
@@ -141,9 +150,11 @@ def run_study(
 
 def _check(request: Request, plan: Plan) -> None:
     """Refuse what would fail late."""
-    if request.study == "ablation":
-        for variant in studies.chosen(studies.ablation_variants(plan.base), request.rows):
+    if request.study in _VARIED:
+        known = _VARIED[request.study](plan.base)
+        for variant in studies.chosen(known, request.rows):
             plan.changed(variant, plan.base.seed)
+        studies.chosen(known, [request.against], "--against")
     header = read_header(request.pairs)["splits"]
     if not header[request.split]["sketches"]:
         raise UserError(
@@ -210,9 +221,9 @@ def _empty_plan(request: Request, out: Path) -> Plan:
 
 def _rows(request: Request, plan: Plan, cells: Sequence[Cell]) -> list[Row]:
     if request.study == "ablation":
-        return studies.ablation(plan, cells, request.rows)
+        return studies.ablation(plan, cells, request.rows, request.against)
     if request.study == "labels":
-        return studies.labels(plan, cells)
+        return studies.labels(plan, cells, request.rows, request.against)
     if request.study == "photos":
         return studies.photos(plan, cells)
     return studies.generation(plan, cells)

@@ -14,11 +14,13 @@ from sbir_ray.study.judging import PEOPLE
 from sbir_ray.study.plan import Plan, Row, Variant
 from sbir_ray.study.work import TRACERS
 
-SUPERVISED = Variant("supervised", "labelled pairs alone", "supervised")
-JOINT = Variant("full", "joint training", "joint")
-NEGATIVES = Variant("negatives", "photos as negatives alone", "negatives")
-CONTOURS = Variant("contours", "contour tracing as pseudo sketches", "contours")
-EDGES = Variant("edges", "edge maps as pseudo sketches", "edges")
+SUPERVISED = Variant("supervised", "labelled pairs alone")
+JOINT = Variant("full", "joint training", joint=True)
+NEGATIVES = Variant("negatives", "photos as negatives alone", negatives=True)
+CONTOURS = Variant("contours", "contour tracing as pseudo sketches", drawn=("contours",))
+EDGES = Variant("edges", "edge maps as pseudo sketches", drawn=("edges",))
+SAMPLES = 4
+"""Drawings of a photo, of which the teacher chooses one, where a generator draws once for all."""
 
 Reward = Literal["reinforce", "soft", "both", "none"]
 _REWARDS: dict[Reward, tuple[str, str]] = {
@@ -60,24 +62,28 @@ def _vanilla(config: JointTraining) -> JointTraining:
     return _without_attention(_with_loss(certainty="none", distill="none")(config))
 
 
+def _joint(name: str, title: str, change: Callable[[JointTraining], JointTraining]) -> Variant:
+    return Variant(name, title, joint=True, change=change)
+
+
 def ablation_variants(base: JointTraining) -> list[Variant]:
     """The rows of the paper's Table 3, the other kinds of rewards, and the controls."""
-    papers = [Variant("no-attention", "without attention", "joint", _without_attention)]
+    papers = [_joint("no-attention", "without attention", _without_attention)]
     if base.generator.model.kind != "paper":
         papers = [
-            Variant("paper-generator", "with the paper's generator", "joint", _paper),
+            _joint("paper-generator", "with the paper's generator", _paper),
             replace(papers[0], title="with the paper's generator, without attention"),
         ]
     return [
         SUPERVISED,
         JOINT,
-        Variant("no-weighting", "without instance weights", "joint", _with_loss(certainty="none")),
-        Variant("no-teacher", "without the teacher", "joint", _with_loss(distill="none")),
+        _joint("no-weighting", "without instance weights", _with_loss(certainty="none")),
+        _joint("no-teacher", "without the teacher", _with_loss(distill="none")),
         *papers,
-        Variant("no-joint", "cached pseudo sketches, without joint training", "generator"),
-        Variant("vanilla", "without all four (vanilla SSL)", "generator", _vanilla),
+        Variant("no-joint", "cached pseudo sketches, without joint training", drawn=("generator",)),
+        Variant("vanilla", "without all four (vanilla SSL)", drawn=("generator",), change=_vanilla),
         *(
-            Variant(name, title, "joint", _with_policy(kind))
+            _joint(name, title, _with_policy(kind))
             for kind, (name, title) in _REWARDS.items()
             if kind != base.policy.kind
         ),
@@ -87,7 +93,45 @@ def ablation_variants(base: JointTraining) -> list[Variant]:
     ]
 
 
-def chosen(variants: Sequence[Variant], names: Sequence[str]) -> list[Variant]:
+def label_variants(base: JointTraining) -> list[Variant]:
+    """The rows of each share of labels: the controls, the generators, both, joint training."""
+    best = f"the best of {SAMPLES}"
+    by_paper = [
+        Variant(
+            "paper-drawings",
+            f"drawings by the paper's generator, {best}",
+            drawn=("generator",),
+            samples=SAMPLES,
+            change=_paper,
+        )
+    ]
+    return [
+        SUPERVISED,
+        NEGATIVES,
+        EDGES,
+        CONTOURS,
+        replace(
+            CONTOURS,
+            name="contours-negatives",
+            title="contour tracing, and photos as negatives",
+            negatives=True,
+        ),
+        *(by_paper if base.generator.model.kind != "paper" else []),
+        Variant("drawings", f"drawings, {best}", drawn=("generator",), samples=SAMPLES),
+        Variant(
+            "mixed",
+            f"drawings, {best}, contour tracing, and photos as negatives",
+            drawn=("generator", "contours"),
+            samples=SAMPLES,
+            negatives=True,
+        ),
+        JOINT,
+    ]
+
+
+def chosen(
+    variants: Sequence[Variant], names: Sequence[str], option: str = "--rows"
+) -> list[Variant]:
     """The variants of these names, or all where there are none, in the order of the table.
 
     Raises:
@@ -97,35 +141,43 @@ def chosen(variants: Sequence[Variant], names: Sequence[str]) -> list[Variant]:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise UserError(f"--rows {name}: no such row; did you mean {near[0]}?")
+            raise UserError(f"{option} {name}: no such row; did you mean {near[0]}?")
     return [variant for variant in variants if not names or variant.name in names]
 
 
-def ablation(plan: Plan, cells: Sequence[Cell], names: Sequence[str] = ()) -> list[Row]:
+def ablation(
+    plan: Plan, cells: Sequence[Cell], names: Sequence[str] = (), against: str = SUPERVISED.name
+) -> list[Row]:
     """What each part of the method brings (Table 3); with a judge of the generators' drawings.
 
     Args:
         cells: one for each seed.
         names: of the rows; all by default.
+        against: name of the row that the others are compared with.
     """
     variants = chosen(ablation_variants(plan.base), names)
-    baseline = SUPERVISED.name if SUPERVISED in variants else ""
-    return [_row(plan, variant, cells, baseline, judging=True) for variant in variants]
+    return [_row(plan, variant, cells, against, judging=True) for variant in variants]
 
 
-def labels(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
+def labels(
+    plan: Plan, cells: Sequence[Cell], names: Sequence[str] = (), against: str = SUPERVISED.name
+) -> list[Row]:
     """Accuracy by the share of labels (Fig. 4b).
 
     Args:
         cells: of all shares and seeds. Where none of them has photos without sketches, the row is
             that of the labelled pairs alone.
+        names, against: as of :func:`ablation`, at each share.
     """
     rows = []
+    variants = chosen(label_variants(plan.base), names)
     for share, group in _groups(cells, lambda cell: cell.labels):
-        variants = [SUPERVISED, JOINT, NEGATIVES] if all(c.pool for c in group) else [SUPERVISED]
         for variant in variants:
-            row = _row(plan, variant, group, f"{SUPERVISED.name}-{share:g}")
-            rows.append(replace(row, name=f"{variant.name}-{share:g}", x=share))
+            if variant == SUPERVISED or all(cell.pool for cell in group):
+                row = _row(plan, variant, group, against)
+                baseline = f"{row.baseline}-{share:g}" if row.baseline else ""
+                name = f"{variant.name}-{share:g}"
+                rows.append(replace(row, name=name, baseline=baseline, x=share))
     return rows
 
 
@@ -138,8 +190,9 @@ def photos(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
     rows = []
     for count, group in _groups(cells, lambda cell: cell.photos):
         for variant in [JOINT, NEGATIVES, CONTOURS] if count else [SUPERVISED]:
-            row = _row(plan, variant, group, f"{SUPERVISED.name}-0")
-            rows.append(replace(row, name=f"{variant.name}-{count}", x=count))
+            row = _row(plan, variant, group, SUPERVISED.name)
+            baseline = f"{row.baseline}-0" if row.baseline else ""
+            rows.append(replace(row, name=f"{variant.name}-{count}", baseline=baseline, x=count))
     return rows
 
 
@@ -179,7 +232,7 @@ def _row(
         variant.name,
         variant.title,
         variant.name,
-        baseline="" if variant is SUPERVISED else baseline,
+        baseline="" if variant.name == baseline else baseline,
         found={seed: plan.measure(one.f) for seed, one in trained.items()},
         drawn=drawn,
         facts={"updates": updates, **_facts(cells)},

@@ -147,13 +147,18 @@ def _columns(study: str, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], 
     compared = any("difference" in row for row in rows)
     heads = ["drawn by" if study == "generation" else "trained with", *NAMES]
     heads = [study, *heads] if study in _AXES else heads
-    heads += ["acc@1 against supervised"] if compared else []
+    gains = ("acc@1", "acc@10")
+    against = next((row["baseline"] for row in rows if "difference" in row), "")
+    if study in _AXES:
+        against = against.rpartition("-")[0]
+    heads += [f"{name} against {against}" for name in gains] if compared else []
     heads += ["drawings acc@1", "drawings acc@10"] if drawn else []
     table = []
     for row in rows:
         cells = [f"{row['x']:g}"] if study in _AXES else []
         cells += [row["title"], *(_share(row.get(key), name) for name in NAMES)]
-        cells += [_share(row.get("difference"), "acc@1", "+")] if compared else []
+        if compared:
+            cells += [_share(row.get("difference"), name, "+") for name in gains]
         if drawn:
             cells += [_share(row.get("drawings"), name) for name in ("acc@1", "acc@10")]
         table.append([*cells, _runs(row)])

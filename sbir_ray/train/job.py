@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,7 +17,21 @@ from sbir_ray.joint_config import JointTraining
 from sbir_ray.train.position import check_position
 from sbir_ray.train.ranks import Ranks
 
+T = TypeVar("T")
 Config = RetrievalTraining | GeneratorTraining | JointTraining
+PSEUDO = "pseudo"
+"""The input's name of the first PSEUDO folder."""
+
+
+def pseudo_inputs(folders: Sequence[T]) -> dict[str, T]:
+    """PSEUDO folders as inputs of a job: ``pseudo``, ``pseudo-2``, ``pseudo-3``."""
+    return {PSEUDO if i == 1 else f"{PSEUDO}-{i}": one for i, one in enumerate(folders, 1)}
+
+
+def pseudo_folders(inputs: Mapping[str, T]) -> list[T]:
+    """The PSEUDO folders among a job's inputs, in order."""
+    found = [name for name in inputs if name.partition("-")[0] == PSEUDO]
+    return [inputs[name] for name in sorted(found, key=lambda name: (len(name), name))]
 
 
 @dataclass(frozen=True)
@@ -28,10 +42,11 @@ class Job:
     out: str
     config: Config
     inputs: Mapping[str, str]
-    """Folders by name: ``pairs``; for the retrieval network also ``pseudo``, ``teacher``,
-    ``negatives``, each of which may be absent; for the discriminator ``generator`` (a run); for
-    joint training ``photos``, ``teacher`` and ``generator``; and ``begin``: a run like this one,
-    with other settings, whose newest step is gone on from."""
+    """Folders by name: ``pairs``; for the retrieval network also ``pseudo`` (see
+    :func:`pseudo_inputs`), ``teacher``, ``negatives``, each of which may be absent; for the
+    discriminator ``generator`` (a run); for joint training ``photos``, ``teacher`` and
+    ``generator``; and ``begin``: a run like this one, with other settings, whose newest step is
+    gone on from."""
 
 
 @dataclass(frozen=True)

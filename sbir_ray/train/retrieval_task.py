@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from sbir_ray.places import place
 from sbir_ray.runs import load_retrieval
 from sbir_ray.stream.pseudo_store import PseudoSet
 from sbir_ray.train import batch_rows
-from sbir_ray.train.job import Job, OnePlayer, Player, divisible, held_out
+from sbir_ray.train.job import Job, OnePlayer, Player, divisible, held_out, pseudo_folders
 from sbir_ray.train.position import Stream, group, identity, rng_of
 from sbir_ray.train.ranks import Ranks
 from sbir_ray.train.thresholds import choice_for
@@ -74,14 +75,8 @@ class RetrievalTask(OnePlayer):
         divisible("optim.batch_size", self.optim.batch_size, ranks)
         self.stream = Stream(len(self.pairs.drawn_photos), self.config.seed, "labelled")
         self.pseudo: PseudoSet | None = None
-        if "pseudo" in job.inputs:
-            folder = place(job.inputs["pseudo"])
-            choice = choice_for(folder, self.config)
-            self.pseudo = PseudoSet.load(folder, size, choice=choice)
-            if not self.pseudo.photo_ids:
-                raise UserError(
-                    f"{job.inputs['pseudo']}: no pseudo pair was kept; see its ledger, and filters"
-                )
+        if folders := pseudo_folders(job.inputs):
+            self.pseudo = PseudoSet.join([_pseudo_pairs(f, self.config) for f in folders])
             self.pseudo_count = round(self.config.pseudo_share * self.optim.batch_size)
             divisible("pseudo_share x optim.batch_size", self.pseudo_count, ranks)
             self.drawings_of = group(self.pseudo.photo_of, len(self.pseudo.photo_ids))
@@ -104,6 +99,11 @@ class RetrievalTask(OnePlayer):
         self.steps = self.optim.steps
         self.players: Mapping[str, Player] = {"": Player(self.model, self.optim)}
         self.teacher: RetrievalNet | None = None
+        if self.config.cpu_bfloat16 and device.type == "cpu" and not half_is_fast():
+            raise UserError(
+                "cpu_bfloat16=true: this CPU has no instructions for bfloat16, it would be many "
+                "times slower; leave it false"
+            )
         if "teacher" in job.inputs and self.config.loss.distill != "none":
             self.teacher = load_retrieval(place(job.inputs["teacher"])).model.to(device)
             if self.teacher.config.image_size != size:
@@ -252,12 +252,26 @@ class RetrievalTask(OnePlayer):
         return gather
 
 
+def _pseudo_pairs(folder: str, config: RetrievalTraining) -> PseudoSet:
+    path = place(folder)
+    found = PseudoSet.load(path, config.model.image_size, choice=choice_for(path, config))
+    if not found.photo_ids:
+        raise UserError(f"{folder}: no pseudo pair was kept; see its ledger, and filters")
+    return found
+
+
 def one_column_each(id_N: Tensor) -> tuple[Tensor, Tensor]:
     """A photo that comes twice must not be its own negative: the photos' first rows (P,), and the
     place of each row's photo among them (N,)."""
     _, first = np.unique(id_N.cpu().numpy(), return_index=True)
     columns = torch.from_numpy(np.sort(first)).to(id_N.device)
     return columns, (id_N[:, None] == id_N[columns]).int().argmax(1)
+
+
+def half_is_fast() -> bool:
+    """Whether this CPU computes bfloat16 by itself."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "avx512_bf16" in flags
 
 
 def number_of(photo_id: str) -> int:

@@ -210,17 +210,45 @@ def test_a_teacher_is_there_where_filters_ask_for_ranks(tmp_path):
     assert "labels-0.4/seed-0/teacher" in drawn.needs
 
 
-def test_labels_have_supervised_joint_and_negatives_at_each_share(tmp_path):
+def test_labels_have_all_controls_at_each_share_with_photos(tmp_path):
     plan = plan_of(tmp_path)
     found = studies.labels(plan, cells(labels=0.2) + cells(labels=1.0, pool="", photos=0))
+    others = ["negatives", "edges", "contours", "contours-negatives", "paper-drawings"]
+    others += ["drawings", "mixed", "full"]
     assert [(row.name, row.x, row.baseline) for row in found] == [
         ("supervised-0.2", 0.2, ""),
-        ("full-0.2", 0.2, "supervised-0.2"),
-        ("negatives-0.2", 0.2, "supervised-0.2"),
+        *((f"{name}-0.2", 0.2, "supervised-0.2") for name in others),
         ("supervised-1", 1.0, ""),
     ]
     assert not any(row.drawn for row in found)
     assert "judge" not in plan.work
+
+
+def test_chosen_rows_of_a_share_are_compared_with_the_one_that_is_asked_for(tmp_path):
+    names = ("supervised", "negatives", "mixed")
+    found = studies.labels(plan_of(tmp_path), cells(labels=0.2), names, "negatives")
+    assert [(row.name, row.baseline) for row in found] == [
+        ("supervised-0.2", "negatives-0.2"),
+        ("negatives-0.2", ""),
+        ("mixed-0.2", "negatives-0.2"),
+    ]
+
+
+def test_drawings_and_contours_are_mixed_and_the_teacher_chooses_among_drawings(tmp_path):
+    plan = plan_of(tmp_path)
+    rows = {row.name: row for row in studies.labels(plan, cells(labels=0.2))}
+    trained = plan.work[plan.work[rows["mixed-0.2"].found[0]].needs[0]]
+    drawn, traced = (plan.work[name] for name in trained.needs[:2])
+    (job,) = trained.jobs
+    assert job.inputs["pseudo"] == drawn.out
+    assert job.inputs["pseudo-2"] == traced.out
+    assert (traced.sketcher, traced.config.samples, traced.teacher) == ("contours", 1, "")
+    assert drawn.config.samples == studies.SAMPLES
+    assert drawn.teacher == job.inputs["teacher"]
+    assert job.config.negatives == BASE.retrieval.optim.batch_size // 2
+    # The row of drawings alone needs the same drawings.
+    alone = plan.work[plan.work[rows["drawings-0.2"].found[0]].needs[0]]
+    assert alone.jobs[0].inputs["pseudo"] == drawn.out
 
 
 def test_numbers_of_photos_begin_with_none_of_them(tmp_path):

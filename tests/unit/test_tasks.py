@@ -11,7 +11,7 @@ from sbir_ray.data import photos, raster, strokes
 from sbir_ray.data.pairs import PairSet, new_pairs
 from sbir_ray.errors import UserError
 from sbir_ray.train import retrieval_task
-from sbir_ray.train.job import Job
+from sbir_ray.train.job import Job, pseudo_folders, pseudo_inputs
 from sbir_ray.train.ranks import Ranks
 from sbir_ray.train.retrieval_task import number_of
 from sbir_ray.train.tasks import build
@@ -123,6 +123,26 @@ def test_pseudo_pairs_are_as_many_as_labelled_ones_and_carry_their_certainty(tmp
     assert len(half.batch(3).photo_id_b) == 6
     losses = task.losses(batch, 3)
     assert {"labelled", "pseudo", "certainty"} <= set(losses)
+
+
+def test_of_a_photo_in_several_folders_one_drawing_is_taken_each_time(tmp_path, pairs):
+    drawn = pseudo_folder(tmp_path / "drawn", [0.1, 0.2, 0.3, 0.4, 0.5])
+    traced = pseudo_folder(tmp_path / "traced", [1.0, 1.0, 1.0])
+    inputs = {**pseudo_inputs([drawn]), "pseudo-2": traced}
+    assert pseudo_folders({"pairs": pairs, **pseudo_inputs([drawn, traced])}) == [drawn, traced]
+    task = task_of("retrieval", retrieval_config(), pairs=pairs, **inputs)
+    assert len(task.pseudo.photo_ids) == 5
+    assert sorted(map(len, task.drawings_of)) == [1, 1, 2, 2, 2]
+    certainties = np.concatenate([task.batch(step).certainty_b.numpy() for step in range(12)])
+    assert {0.1, 1.0} <= {round(float(one), 3) for one in certainties}
+    batch = task.batch(0)
+    assert len(set(batch.photo_ids)) == len(batch.photo_ids)
+
+
+def test_half_precision_is_refused_where_the_cpu_has_none(monkeypatch, pairs):
+    monkeypatch.setattr(retrieval_task, "half_is_fast", lambda: False)
+    with pytest.raises(UserError, match="no instructions for bfloat16"):
+        task_of("retrieval", retrieval_config(cpu_bfloat16=True), pairs=pairs)
 
 
 def test_a_store_without_a_kept_pseudo_pair_is_refused(tmp_path, pairs):
