@@ -94,7 +94,15 @@ def ablation_variants(base: JointTraining) -> list[Variant]:
 
 
 def label_variants(base: JointTraining) -> list[Variant]:
-    """The rows of each share of labels: the controls, the generators, both, joint training."""
+    """The rows of each share of labels: :func:`usual_label_variants`, and by name those of an
+    ablation."""
+    usual = usual_label_variants(base)
+    names = {variant.name for variant in usual}
+    return usual + [one for one in ablation_variants(base) if one.name not in names]
+
+
+def usual_label_variants(base: JointTraining) -> list[Variant]:
+    """The controls, the generators, their drawings with contours, joint training."""
     best = f"the best of {SAMPLES}"
     by_paper = [
         Variant(
@@ -170,7 +178,8 @@ def labels(
         names, against: as of :func:`ablation`, at each share.
     """
     rows = []
-    variants = chosen(label_variants(plan.base), names)
+    usual = [variant.name for variant in usual_label_variants(plan.base)]
+    variants = chosen(label_variants(plan.base), names or usual)
     for share, group in _groups(cells, lambda cell: cell.labels):
         for variant in variants:
             if variant == SUPERVISED or all(cell.pool for cell in group):

@@ -225,12 +225,13 @@ def test_labels_have_all_controls_at_each_share_with_photos(tmp_path):
 
 
 def test_chosen_rows_of_a_share_are_compared_with_the_one_that_is_asked_for(tmp_path):
-    names = ("supervised", "negatives", "mixed")
+    names = ("supervised", "negatives", "no-policy", "mixed")
     found = studies.labels(plan_of(tmp_path), cells(labels=0.2), names, "negatives")
     assert [(row.name, row.baseline) for row in found] == [
         ("supervised-0.2", "negatives-0.2"),
         ("negatives-0.2", ""),
         ("mixed-0.2", "negatives-0.2"),
+        ("no-policy-0.2", "negatives-0.2"),
     ]
 
 
