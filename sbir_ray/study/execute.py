@@ -209,13 +209,16 @@ class _Line:
         self.bar = bar
         self.total = sum(piece.cost for piece in waiting.values())
         self.done, self.pieces, self.count = 0, 0, len(waiting)
+        self.shown = 0
 
     def show(self, running: Sequence[Work], failed: Mapping[str, str]) -> None:
         """Say it."""
         done = self.done + sum(min(piece.spent, piece.cost) for piece in running)
         note = f"{self.pieces} of {self.count} pieces"
         note += f", {len(failed)} failed" if failed else ""
-        self.bar.update(done, self.total, note)
+        # A run that goes on has first logged steps that it takes again.
+        self.shown = max(self.shown, done)
+        self.bar.update(self.shown, self.total, note)
 
 
 def _keep(file: Path, text: str) -> None:

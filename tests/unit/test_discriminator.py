@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sbir_ray import losses
+from sbir_ray.certainty import certainty_deciles
 from sbir_ray.config import DiscriminatorConfig
 from sbir_ray.errors import UserError
 from sbir_ray.models.discriminator import PairDiscriminator
@@ -80,20 +82,45 @@ def test_two_workers_gradients_have_the_mean_of_one_workers() -> None:
     assert torch.allclose(both, gradient(slice(0, 4)), atol=1e-6)
 
 
-def test_it_learns_whether_a_sketch_matches_its_photo() -> None:
+def trained() -> PairDiscriminator:
+    """To tell a photo's own sketch from another's."""
     net = small()
     optimiser = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.5, 0.999))
-    for step in range(60):
+    for step in range(140):
         photo, raster = pairs(16, seed=step)
         real = losses.patch_bce(net(photo, raster), 1.0)
         wrong = losses.patch_bce(net(photo, raster.roll(1, 0)), 0.0)
         optimiser.zero_grad()
         torch.autograd.backward((real + wrong).mean())
         optimiser.step()
+    return net
+
+
+def test_it_learns_whether_a_sketch_matches_its_photo() -> None:
+    net = trained()
     photo, raster = pairs(16, seed=1000)
     with torch.no_grad():
         right, wrong = net.certainty(photo, raster), net.certainty(photo, raster.roll(1, 0))
     assert float(right.mean()) > float(wrong.mean()) + 0.5
+
+
+def test_the_more_certain_a_drawing_the_more_often_it_finds_its_photo() -> None:
+    net = trained()
+    photo, right = pairs(200, seed=1000)
+    hand = np.random.default_rng(0)
+    raster = torch.stack(
+        [row.roll(tuple(hand.integers(-9, 10, 2).tolist()), (0, 1)) for row in right]
+    )
+    with torch.no_grad():
+        certainty = net.certainty(photo, raster).numpy()
+    # Found where the lines lie: by the ink that a drawing shares with each photo's true outline.
+    shared = raster.flatten(1).float() @ right.flatten(1).float().T
+    ranks = (shared > shared.diagonal()[:, None]).sum(1).numpy() + 1
+    deciles = certainty_deciles(certainty, ranks)
+    found = [d.found10 for d in deciles]
+    order = np.argsort(np.argsort(found, kind="stable"), kind="stable")
+    assert np.corrcoef(order, np.arange(10))[0, 1] < -0.7
+    assert np.mean(found[:3]) > np.mean(found[-3:]) + 0.3
 
 
 def test_it_sees_both_the_photo_and_the_sketch() -> None:
