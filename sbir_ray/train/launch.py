@@ -30,6 +30,7 @@ from sbir_ray.train.ranks import Ranks
 from sbir_ray.train.stop_request import FILE, StopRequest, listening
 
 if TYPE_CHECKING:
+    from ray.train import TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     from sbir_ray.stream.live import Shard
@@ -215,11 +216,10 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
             answer = _trainer(jobs, group, shards, storage).fit().return_value
             break
         except TrainingFailedError as error:
-            line = " ".join(str(error).split())[:300]
             if _reached(jobs) == before:
                 raise SbirError(
                     f"{jobs[0].out}: the workers died {_RETRIES + 1} times without getting "
-                    f"further; see their logs ({line})"
+                    f"further; see their logs ({_why(error)})"
                 ) from error
         finally:
             remove_tree(storage)
@@ -227,6 +227,13 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
         raise by_name(answer["kind"])(answer["error"])
     results: list[dict[str, Any]] = answer["results"]
     return results
+
+
+def _why(error: TrainingFailedError) -> str:
+    """In one line: the ranks that failed, and how."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    told = [f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())]
+    return " ".join("; ".join(told or [str(error)]).split())[:300]
 
 
 def _reached(jobs: Sequence[Job]) -> list[Any]:

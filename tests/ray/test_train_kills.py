@@ -3,12 +3,16 @@ have had."""
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from ray import cloudpickle
 
 from sbir_ray import checkpoint
 from sbir_ray.config import FilterConfig, OptimConfig, SaveConfig
+from sbir_ray.errors import SbirError
 from sbir_ray.joint_config import ScheduleConfig, StreamConfig
 from sbir_ray.train.job import Job
 from sbir_ray.train.launch import Actors, train
@@ -17,6 +21,18 @@ from tests.faults.calm import assert_same_weights, train_undisturbed
 from tests.faults.kit import DRAWS, TRAINS, assert_ledger, assert_no_orphans, killing
 from tests.tiny import joint_config, retrieval_config, tiny_pairs
 from tests.tiny_store import tiny_store
+
+# Workers cannot import this file.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class Fragile(dict):
+    """Inputs that the worker of rank 1 alone cannot read."""
+
+    def get(self, name, default=None):
+        if name == "begin" and dist.is_initialized() and dist.get_rank() == 1:
+            raise RuntimeError("the bits fell out")
+        return super().get(name, default)
 
 
 def saved(run, step):
@@ -48,6 +64,15 @@ def test_a_killed_worker_leaves_the_weights_of_a_run_that_was_not_disturbed(tmp_
     train_undisturbed(calm)
     assert checkpoint.load(tmp_path / "a").step == 60
     assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_worker_ends_all_of_them_by_its_rank(tmp_path, cluster):
+    inputs = Fragile(pairs=str(tiny_pairs(tmp_path / "pairs")))
+    job = Job("retrieval", str(tmp_path / "a"), retrieval_config(), inputs)
+    match = r"a: the workers died 3 times .* \(rank 1: the bits fell out\)$"
+    with pytest.raises(SbirError, match=match):
+        train([job], workers=2, cpus_per_worker=1.0)
 
 
 def test_a_killed_learner_and_a_killed_generator_leave_an_account_that_adds_up(tmp_path, cluster):
