@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from sbir_ray.cli_options import (
     with_settings,
     with_workers,
 )
+from sbir_ray.config import SketchConfig
 from sbir_ray.errors import UserError
 from sbir_ray.joint_config import JointTraining
+
+DRAWINGS = 4
+"""Of a photo by a generator, of which one is chosen, for ``train semi --photos``."""
 
 
 @click.group()
@@ -132,6 +137,18 @@ def train_generator(
     help="PSEUDO folder: drawn photos, as weighted pairs. Several: of a photo that more than one "
     "has drawn, one drawing at random each time.",
 )
+@click.option(
+    "--photos",
+    type=FOLDER,
+    help="PHOTOS folder, in place of --pseudo and --negatives: traced here, into OUT/traced, and "
+    "negatives as well (set negatives=16).",
+)
+@click.option(
+    "--generator",
+    type=FOLDER,
+    help="Run of a generator that draws --photos too, into OUT/drawn: the best of "
+    f"{DRAWINGS} by --teacher, or by certainty.",
+)
 @click.option("--teacher", type=FOLDER, help="Run of the supervised network, for distillation.")
 @click.option(
     "--negatives",
@@ -152,6 +169,8 @@ def train_semi(
     config: settings.RetrievalTraining,
     pairs_dir: Path,
     pseudo: tuple[Path, ...],
+    photos: Path | None,
+    generator: Path | None,
     teacher: Path | None,
     negatives: Path | None,
     begin: Path | None,
@@ -161,13 +180,26 @@ def train_semi(
 ) -> None:
     """Semi-supervised training of the retrieval network on labelled and pseudo pairs (Eq. 7).
 
-    Example: sbir-ray train semi --pairs chairs --pseudo drawn --pseudo traced --negatives photos
-    --set negatives=16 --teacher runs/f --out runs/semi
+    With --photos alone this is one command: the photos are traced to strokes, these are pseudo
+    sketches, and by `--set negatives=16` the photos are negatives too.
+
+    Example: sbir-ray train semi --pairs chairs --photos photos --set negatives=16 --out runs/semi
     """
     from sbir_ray.train.job import Job, pseudo_inputs
 
+    if photos is not None and (pseudo or negatives is not None):
+        raise UserError("--photos: stands for --pseudo and --negatives; give these or that")
+    if generator is not None and photos is None:
+        raise UserError("--generator: has no --photos to draw; give them, or --pseudo")
+    if photos is not None:
+        _inputs(photos=photos, generator=generator, teacher=teacher)
+        drawings = SketchConfig(seed=config.seed, samples=config.samples or DRAWINGS)
+        pseudo = _draw(out, photos, generator, teacher, drawings, ray)
+        negatives = photos if config.negatives else None
     if not pseudo and negatives is None:
-        raise UserError("train semi: give --pseudo, --negatives or both; else use train retrieval")
+        raise UserError(
+            "train semi: give --photos, --pseudo or --negatives; else use train retrieval"
+        )
     if negatives is not None and config.negatives == 0:
         raise UserError("--negatives has no effect with negatives=0; add --set negatives=16")
     if negatives is None and config.negatives:
@@ -180,6 +212,37 @@ def train_semi(
         begin=begin,
     )
     _train([Job("retrieval", str(out.resolve()), config, inputs)], as_json=as_json, **ray)
+
+
+def _draw(
+    out: Path,
+    photos: Path,
+    generator: Path | None,
+    teacher: Path | None,
+    drawings: SketchConfig,
+    ray: Mapping[str, Any],
+) -> tuple[Path, ...]:
+    """The photos traced and, by a generator, drawn; what is there stays. Returns PSEUDO folders."""
+    from sbir_ray.runlog import Progress
+    from sbir_ray.stream.cluster import connect
+    from sbir_ray.stream.sketching import sketch
+
+    made = [out.resolve() / "traced"]
+    traced = dataclasses.replace(drawings, samples=1)
+    with connect(ray["address"]):
+        sketch(photos.resolve(), made[0], "contours", traced, progress=Progress)
+        if generator is not None:
+            made.insert(0, out.resolve() / "drawn")
+            sketch(
+                photos.resolve(),
+                made[0],
+                str(generator),
+                drawings,
+                teacher=None if teacher is None else teacher.resolve(),
+                gpus_per_actor=float(ray["gpu"]),
+                progress=Progress,
+            )
+    return tuple(made)
 
 
 @train.command("joint")

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from sbir_ray import checkpoint
+from sbir_ray.cli import cli
 from sbir_ray.errors import UserError
+from sbir_ray.stream.pseudo_store import HEADER, read_header
 from sbir_ray.train.job import Job
 from sbir_ray.train.launch import train
 from tests.tiny import retrieval_config, tiny_pairs
+from tests.tiny_store import tiny_store
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +69,25 @@ def test_more_workers_than_fit_are_refused_by_name(tmp_path, pairs, cluster):
     job = Job("retrieval", str(tmp_path / "a"), retrieval_config(), {"pairs": pairs})
     with pytest.raises(UserError, match="--workers 400 x"):
         train([job], workers=400)
+
+
+def test_photos_alone_are_traced_and_trained_on(tmp_path, pairs, cluster, capsys):
+    shop = tiny_store(tmp_path / "shop", 6)
+    sizes = ["optim.steps=2", "optim.batch_size=4", "negatives=2"]
+    sizes += ["model.weights=none", "model.image_size=64", "model.grid=2"]
+    out = tmp_path / "run"
+    command = ["train", "semi", "--pairs", pairs, "--photos", str(shop), "--workers", "0"]
+    command += [word for setting in sizes for word in ("--set", setting)] + ["--out", str(out)]
+    cli(command, standalone_mode=False)
+    record = json.loads((out / "run.json").read_text())
+    assert record["status"] == "done"
+    assert record["inputs"]["pseudo"] == str(out / "traced")
+    assert record["inputs"]["negatives"] == str(shop)
+    assert read_header(out / "traced")["sketcher"] == "contours"
+    drawn = (out / "traced" / HEADER).read_bytes()
+    capsys.readouterr()
+    cli(command, standalone_mode=False)
+    assert "nothing to do" in capsys.readouterr().err
+    assert (out / "traced" / HEADER).read_bytes() == drawn
+    with pytest.raises(UserError, match="--photos: stands for --pseudo"):
+        cli([*command, "--pseudo", str(out / "traced")], standalone_mode=False)
