@@ -97,15 +97,24 @@ class PhotoError(UserError):
 
 
 def decode(data: bytes, limits: PhotoLimits = DEFAULT_LIMITS, longest: int | None = None) -> Rgb:
-    """Pixels of an image file: first frame, upright, sRGB on white, (H, W, 3) uint8.
+    """Pixels of an image file, (H, W, 3) uint8; arguments and errors as of :func:`picture_of`."""
+    return np.asarray(picture_of(data, limits, longest))
+
+
+def picture_of(
+    data: bytes, limits: PhotoLimits = DEFAULT_LIMITS, longest: int | None = None
+) -> Image.Image:
+    """The picture in an image file: first frame, upright, sRGB on white.
 
     Bytes, pixels and memory are checked against ``limits`` before memory is taken. The EXIF
     orientation and the colour profile are applied, 16-bit samples are scaled to 8 bits,
     transparency is laid on white.
 
     Args:
-        longest: shrink to this longest side (JPEG files are then decoded at a lower resolution,
-            which is several times faster); ``None`` keeps the file's own size.
+        longest: shrink to this longest side (JPEG files are then decoded at the lowest of the
+            resolutions that they offer which is not less: several times faster, and no farther
+            from the shrunk picture than the JPEG file it is stored as); ``None`` keeps the file's
+            own size.
 
     Raises:
         PhotoError: for what is in the bytes.
@@ -125,7 +134,7 @@ def decode(data: bytes, limits: PhotoLimits = DEFAULT_LIMITS, longest: int | Non
             raise PhotoError("unsupported", "32-bit samples; save it with 8 or 16 bits")
         try:
             if longest is not None:
-                picture.draft(None, (longest, longest))
+                picture.draft(None, _fit(picture.size, longest))
             memory = _memory(picture, width * height, longest)
             if memory > limits.max_memory:
                 raise PhotoError(
@@ -137,21 +146,21 @@ def decode(data: bytes, limits: PhotoLimits = DEFAULT_LIMITS, longest: int | Non
                 # Loading alone does not look at the checksums of the pixel data.
                 Image.open(io.BytesIO(data), formats=("PNG",)).verify()
             picture.load()
-            return np.asarray(_to_rgb(picture, longest))
+            return _to_rgb(picture, longest)
         except PhotoError:
             raise
         except Exception as error:  # a decoder may raise anything on hostile bytes
             raise PhotoError("damaged", _one_line(error)) from error
 
 
-def encode(rgb: Rgb, limits: PhotoLimits = DEFAULT_LIMITS) -> bytes:
-    """``rgb`` (H, W, 3) as a file of the format and quality in which photos are stored."""
+def encode(picture: Image.Image, limits: PhotoLimits = DEFAULT_LIMITS) -> bytes:
+    """An RGB picture as a file of the format and quality in which photos are stored."""
     out = io.BytesIO()
     if limits.form == "webp":
-        Image.fromarray(rgb).save(out, "WEBP", quality=limits.quality)
+        picture.save(out, "WEBP", quality=limits.quality)
     else:
         # No chroma subsampling: thin coloured parts are what a fine-grained match looks at.
-        Image.fromarray(rgb).save(out, "JPEG", quality=limits.quality, subsampling=0)
+        picture.save(out, "JPEG", quality=limits.quality, subsampling=0)
     return out.getvalue()
 
 

@@ -31,7 +31,7 @@ from sbir_ray.data.decoding import Reason as Reason
 from sbir_ray.data.decoding import Rgb as Rgb
 from sbir_ray.data.decoding import check_bytes as check_bytes
 from sbir_ray.data.decoding import decode as decode
-from sbir_ray.data.decoding import encode
+from sbir_ray.data.decoding import encode, picture_of
 from sbir_ray.errors import UserError
 from sbir_ray.places import is_local, open_table, place
 from sbir_ray.strict import check_schema
@@ -128,7 +128,7 @@ def decode_grey(data: bytes, limits: PhotoLimits = DEFAULT_LIMITS) -> Grey:
 
 def encode_jpeg(rgb: Rgb) -> bytes:
     """JPEG bytes of ``rgb`` (H, W, 3) at the quality in which photos are stored by default."""
-    return encode(rgb)
+    return encode(Image.fromarray(rgb))
 
 
 def encode_png(grey: Grey) -> bytes:
@@ -160,8 +160,8 @@ def make_row(
     Raises:
         PhotoError: as :func:`decode`.
     """
-    rgb = decode(data, limits, longest=limits.longest)
-    return row_of_pixels(rgb, photo_id(data), name, uri, limits)
+    picture = picture_of(data, limits, longest=limits.longest)
+    return _row(picture, photo_id(data), name, uri, limits)
 
 
 def row_of_pixels(
@@ -172,14 +172,18 @@ def row_of_pixels(
     limits: PhotoLimits = DEFAULT_LIMITS,
 ) -> PhotoRow:
     """The row of a picture that is already decoded, under the given ``photo_id``."""
+    return _row(Image.fromarray(rgb), identity, name, uri, limits)
+
+
+def _row(picture: Image.Image, identity: str, name: str, uri: str, limits: PhotoLimits) -> PhotoRow:
     return PhotoRow(
         photo_id=identity,
         name=printable(name),
         uri=printable(uri),
-        width=rgb.shape[1],
-        height=rgb.shape[0],
-        image=encode(rgb, limits),
-        phash=phash(rgb),
+        width=picture.width,
+        height=picture.height,
+        image=encode(picture, limits),
+        phash=_phash(picture),
         status="stored",
         reason="",
     )
@@ -196,7 +200,11 @@ def phash(rgb: Rgb) -> int:
     Signs of the 8 x 8 lowest frequencies of the discrete cosine transform of a 32 x 32 grey
     miniature, against their median. A mirrored copy has another hash.
     """
-    small = Image.fromarray(rgb).convert("L").resize((32, 32), Image.Resampling.BOX)
+    return _phash(Image.fromarray(rgb))
+
+
+def _phash(picture: Image.Image) -> int:
+    small = picture.convert("L").resize((32, 32), Image.Resampling.BOX)
     low = _COSINES @ np.asarray(small, np.float64) @ _COSINES.T
     # Rounded, so that the last bits of the sums do not decide on flat pictures.
     low = np.round(low, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,19 @@ def test_the_limit_of_memory_is_that_of_the_settings() -> None:
         photos.decode(encoded(scene(3, (20, 1)), "PNG"), PhotoLimits(max_pixels=19))
 
 
+@pytest.mark.parametrize("longest", [200, 256, 300, 500])
+def test_a_jpeg_file_read_at_a_lower_resolution_is_hardly_another_picture(longest: int) -> None:
+    grain = np.random.default_rng(0).integers(0, 60, (120, 160, 1)).repeat(5, 0).repeat(5, 1)
+    rgb = np.clip(scene(1, (800, 600)).astype(int) + grain, 0, 255).astype(np.uint8)
+    data = encoded(rgb, "JPEG", quality=92)
+    found = photos.decode(data, longest=longest)
+    size = (longest, round(longest * 3 / 4))
+    whole = Image.open(io.BytesIO(data)).resize(size, Image.Resampling.LANCZOS)
+    assert found.shape == (size[1], size[0], 3)
+    error = found.astype(float) - np.asarray(whole, float)
+    assert (error**2).mean() < 255**2 / 10**3.5  # 35 dB
+
+
 def test_photos_are_stored_as_webp_of_a_quality_where_that_is_asked_for() -> None:
     data = encoded(scene(3, (300, 200)), "PNG")
     sizes = []
@@ -112,5 +126,6 @@ def test_photos_are_stored_as_webp_of_a_quality_where_that_is_asked_for() -> Non
         assert photos.decode_stored(row["image"]).shape == (100, 150, 3)
         sizes.append(len(row["image"]))
     assert sizes[0] < sizes[1]
-    jpegs = [len(decoding.encode(scene(3), PhotoLimits(quality=q))) for q in (30, 90)]
+    picture = Image.fromarray(scene(3))
+    jpegs = [len(decoding.encode(picture, PhotoLimits(quality=q))) for q in (30, 90)]
     assert jpegs[0] < jpegs[1]
