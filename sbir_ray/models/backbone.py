@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sbir_ray.errors import UserError
+from sbir_ray.models.folded import fold
 
 RGB = tuple[float, float, float]
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
@@ -54,7 +55,7 @@ class Backbone(nn.Module):
         timm: bool = False,
     ) -> None:
         super().__init__()
-        self.body = body
+        self.body = fold(body)
         self.channels = channels
         self.stride = stride
         self.mean = mean
