@@ -328,8 +328,8 @@ def sketch(
 
     Example: sbir-ray sketch --generator runs/g --photos photos --out pseudo --actors 1:4
     """
+    from sbir_ray.doctor import ready
     from sbir_ray.runlog import Progress
-    from sbir_ray.stream.cluster import connect
     from sbir_ray.stream.fit import Group, request_of
     from sbir_ray.stream.pseudo_rounds import read_shard
     from sbir_ray.stream.pseudo_store import HEADER, read_header
@@ -343,7 +343,7 @@ def sketch(
     drawing = Group(
         "--actors", actors[0], cpus_per_actor or 1.0, gpus_per_actor or 0.0, actor_resource
     )
-    with connect(address, request=request_of(None, drawing)):
+    with ready(request_of(None, drawing), [out.resolve()], address):
         ledger = run_sketch(
             photos.resolve(),
             out.resolve(),

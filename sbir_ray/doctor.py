@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sbir_ray.errors import SbirError
+from sbir_ray.errors import SbirError, UserError
 from sbir_ray.places import is_local, place, remove_tree, told, write_bytes
 from sbir_ray.runlog import other_versions, versions
 from sbir_ray.stream.fit import Node, Request, shortfall
@@ -37,6 +39,8 @@ class Finding:
     ok: bool
     text: str
     fix: str = ""
+    stops: bool = True
+    """Whether nothing should start before it is mended."""
 
     def line(self) -> str:
         """``ok       storage: ...`` or ``problem  storage: ...; what to do``."""
@@ -44,12 +48,40 @@ class Finding:
         return f"{'ok' if self.ok else 'problem':<8} {self.check}: {self.text}{end}"
 
 
-def examine(request: Request, storage: Sequence[Path] = ()) -> list[Finding]:
+@contextmanager
+def ready(request: Request, storage: Sequence[Path], address: str | None = None) -> Iterator[None]:
+    """Ray for the length of a ``with`` block, as by :func:`sbir_ray.stream.cluster.connect`, once
+    nothing is found that would stop ``request``; what may only slow it is told.
+
+    A Ray that this process already uses was looked at before, but for whether ``request`` fits.
+
+    Raises:
+        UserError: all that has to be changed, in one line; or as ``connect``.
+    """
+    import ray
+
+    from sbir_ray.stream.cluster import connect
+
+    known = ray.is_initialized()
+    with connect(address, request=request):
+        if not known:
+            joined = bool(address or os.environ.get("RAY_ADDRESS"))
+            bad = [found for found in examine(request, storage, joined) if not found.ok]
+            for finding in bad:
+                if not finding.stops:
+                    print(finding.line(), file=sys.stderr)
+            if stops := [finding for finding in bad if finding.stops]:
+                raise UserError("; and ".join(f"{f.check}: {f.text}; {f.fix}" for f in stops))
+        yield
+
+
+def examine(request: Request, storage: Sequence[Path] = (), by_node: bool = True) -> list[Finding]:
     """All checks of the Ray that is up.
 
     Args:
         request: what is to run.
         storage: places that every node has to read and write, the same for all.
+        by_node: send a task to each node; else this process looks, which is on the only one.
     """
     from sbir_ray.stream.cluster import nodes
 
@@ -57,7 +89,7 @@ def examine(request: Request, storage: Sequence[Path] = ()) -> list[Finding]:
     findings = [check_resources(found, request)]
     with _Tokens(storage) as tokens:
         findings += [finding for finding in tokens.findings if not finding.ok]
-        told_by = ask_nodes(tokens.written)
+        told_by = ask_nodes(tokens.written) if by_node else look_here(tokens.written)
         findings += check_storage(told_by, tokens.written)
     findings.append(check_versions(told_by))
     findings.append(check_gpus(told_by, found, request))
@@ -138,7 +170,7 @@ def ask_nodes(tokens: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         for node in alive
     }
     limit = time.monotonic() + PATIENCE
-    reports = {}
+    reports: dict[str, dict[str, Any]] = {}
     for node in alive:
         try:
             patience = max(1.0, limit - time.monotonic())
@@ -146,10 +178,22 @@ def ask_nodes(tokens: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         except Exception as error:  # whatever it is, it is this node's, and told
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             report = {"fault": lines[-1][:200] if lines else type(error).__name__}
-        report["object_store"] = node["Resources"].get("object_store_memory", 0.0)
-        report["has_gpus"] = node["Resources"].get("GPU", 0.0)
-        reports[f"{node['NodeManagerAddress']} {node['NodeID'][:8]}"] = report
+        reports[f"{node['NodeManagerAddress']} {node['NodeID'][:8]}"] = report | _counted(node)
     return reports
+
+
+def look_here(tokens: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The same from a Ray that this process has started, without a task."""
+    import ray
+
+    (node,) = ray.nodes()
+    return {"this machine": look(tokens) | _counted(node)}
+
+
+def _counted(node: Mapping[str, Any]) -> dict[str, float]:
+    """What Ray counts of a node."""
+    has = node["Resources"]
+    return {"object_store": has.get("object_store_memory", 0.0), "has_gpus": has.get("GPU", 0.0)}
 
 
 # --------------------------------------------------------------------------- what follows from it
@@ -234,12 +278,14 @@ def check_room(reports: Reports) -> list[Finding]:
             "; ".join(small) or f"{_gib(least_shm)} at least",
             "give containers more (docker --shm-size, or a memory emptyDir on /dev/shm), or start "
             "Ray with a smaller --object-store-memory",
+            stops=False,  # Ray takes the disk instead, which is slow
         ),
         Finding(
             "disk",
             not full,
             "; ".join(full) or f"{_gib(least_disk)} free at least",
             f"free {_gib(LEAST_DISK)} there, or start Ray with another --temp-dir",
+            stops=False,  # small work never spills
         ),
     ]
 

@@ -59,9 +59,12 @@ class Request:
 
     groups: tuple[Group, ...]
     spare_cpus: float = 0.0
-    """For Ray Data's tasks and the like, on any nodes."""
+    """For what runs beside each, on any nodes."""
     trials: int = 1
     """How often the groups run beside one another."""
+    spare_for: str = "Ray Data"
+    beside: str = "--trials"
+    """The option that says ``trials``."""
 
     @property
     def cpus(self) -> float:
@@ -77,8 +80,8 @@ class Request:
     def __str__(self) -> str:
         parts = [*map(str, self.groups)]
         if self.spare_cpus:
-            parts.append(f"{self.spare_cpus:g} CPU for Ray Data")
-        times = f"--trials {self.trials} x " if self.trials > 1 else ""
+            parts.append(f"{self.spare_cpus:g} CPU for {self.spare_for}")
+        times = f"{self.beside} {self.trials} x " if self.trials > 1 else ""
         return times + " and ".join(parts)
 
 
@@ -148,7 +151,7 @@ def _changes(nodes: Sequence[Node], request: Request) -> Iterator[str]:
     """Changes of one option that make it fit, the least of each."""
     for trials in range(request.trials - 1, 0, -1):
         if fits(nodes, dataclasses.replace(request, trials=trials)):
-            yield f"--trials {trials}"
+            yield f"{request.beside} {trials}"
             break
     for group in request.groups:
 

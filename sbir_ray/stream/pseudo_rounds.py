@@ -112,7 +112,7 @@ def writing(out: Path, shard: tuple[int, int]) -> Iterator[Writer]:
     if not 0 <= part < of:
         raise UserError(f"--shard {part}/{of}: write it as i/n, from 0/{of} to {of - 1}/{of}")
     if out.exists() and not (out / HEADER).exists():
-        others = [e.name for e in out.iterdir() if not e.name.startswith((_LOCK, "round-"))]
+        others = [e.name for e in out.iterdir() if not e.name.startswith((".", "round-"))]
         if others:
             raise UserError(f"{out}: holds something else ({others[0]}); choose another folder")
     if not is_local(out):

@@ -56,7 +56,7 @@ def claimed(
                     f"{out}: holds a {what} with another {', '.join(other[:5])}; choose another "
                     "--out, or repeat its request to go on with it"
                 )
-        elif any(entry.name != "lock" for entry in out.iterdir()):
+        elif any(e.name != "lock" and not e.name.startswith(".") for e in out.iterdir()):
             raise UserError(f"{out}: is not empty and holds no {what}; choose another --out")
         else:
             head = {"schema_version": SCHEMA_VERSION, "kind": f"{what}-request"}

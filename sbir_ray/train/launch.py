@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbir_ray import checkpoint
+from sbir_ray.doctor import ready
 from sbir_ray.errors import SbirError, by_name
 from sbir_ray.joint_config import JointTraining
 from sbir_ray.places import append_text, arrow_file_system, place, remove_tree
 from sbir_ray.runlog import Progress, locked
 from sbir_ray.runs import read_run
-from sbir_ray.stream.cluster import connect, logical_cpus
+from sbir_ray.stream.cluster import logical_cpus
 from sbir_ray.stream.fit import Group, request_of, sent_to
 from sbir_ray.train.job import Job
 from sbir_ray.train.ranks import Ranks
@@ -83,7 +84,8 @@ def train(
     Raises:
         SbirError: what a worker found wrong, in its words; or the workers died again and again.
         StoppedError: SIGTERM came; the runs were saved.
-        UserError: another process trains one of them, or so many workers do not fit.
+        UserError: another process trains one of them, so many workers do not fit, or the doctor
+            found what else has to be changed first.
     """
     if not jobs:
         return []
@@ -126,7 +128,7 @@ def _train(
     draw = Group("--actors", actors.least, actors.cpus, actors.gpus, actors.on)
     # Ray takes SIGTERM for itself when it starts.
     with (
-        connect(address, request=request_of(asked, draw if streamed else None)),
+        ready(request_of(asked, draw if streamed else None), [place(jobs[0].out)], address),
         listening(request),
     ):
         results = group.run(alone) if alone else []

@@ -13,6 +13,7 @@ from sbir_ray.config import FilterConfig, GeneratorTraining, SketchConfig
 from sbir_ray.errors import SbirError
 from sbir_ray.joint_config import JointTraining
 from sbir_ray.runlog import Progress, versions, write_json_atomic
+from sbir_ray.stream import fit
 from sbir_ray.strict import SCHEMA_VERSION, to_toml
 from sbir_ray.study.claim import claimed
 from sbir_ray.study.execute import execute
@@ -46,13 +47,13 @@ def run_sweep(
         UserError: data or settings that the user has to change; ``out`` holds another sweep.
         SbirError: what all trials need could not be made, or no trial came to its end.
     """
-    from sbir_ray.stream.cluster import connect
+    from sbir_ray.doctor import ready
     from sbir_ray.tuning.page import write_page
 
     out = out.resolve()
     check(request)
     with claimed(out, "sweep", request.identity(), {SETTINGS: to_toml(request.config)}):
-        with connect(effort.address):
+        with ready(_asked(effort), [out], effort.address):
             parallel = _parallel(effort)
             inputs = _shared(request, effort, out / "shared", parallel, progress)
             spec = _spec(request, effort, out, inputs)
@@ -81,27 +82,26 @@ def run_sweep(
 # --------------------------------------------------------------------------- before it starts
 
 
+def _asked(effort: Effort) -> fit.Request:
+    """What trials need at the same time; of one where their number is left open."""
+    from sbir_ray.tuning.search import TRIAL_CPUS
+
+    workers = fit.Group("--workers", effort.workers, effort.cpus, float(effort.gpu))
+    return fit.Request(
+        (workers,), TRIAL_CPUS, effort.parallel or 1, spare_for="Ray Tune", beside="--parallel"
+    )
+
+
 def _parallel(effort: Effort) -> int:
     """Trials at a time, so that all workers of each find room: else trials would hold what the
     others wait for."""
     from sbir_ray.stream.cluster import ensure_fits
     from sbir_ray.tuning.search import TRIAL_CPUS
 
+    if effort.parallel is not None:
+        return effort.parallel
     each = effort.workers * effort.cpus + TRIAL_CPUS
     gpus = float(effort.workers * effort.gpu)
-    ensure_fits(
-        effort.cpus, float(effort.gpu), effort.workers, what="--workers", spare_cpus=TRIAL_CPUS
-    )
-    if effort.parallel is not None:
-        wanted = effort.parallel
-        ensure_fits(
-            effort.cpus,
-            float(effort.gpu),
-            wanted * effort.workers,
-            what="--parallel x --workers",
-            spare_cpus=wanted * TRIAL_CPUS,
-        )
-        return wanted
     fits = ensure_fits(each, gpus) if effort.workers == 1 else _fits(each, gpus)
     if effort.address or os.environ.get("RAY_ADDRESS"):
         return fits

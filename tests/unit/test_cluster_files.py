@@ -14,6 +14,7 @@ import ray
 import yaml
 
 from sbir_ray.cli import cli
+from sbir_ray.doctor import check_resources
 from sbir_ray.stream.fit import Group, Node, fits, request_of
 from sbir_ray.submit import SubmitConfig
 from sbir_ray.submit_cli import read_command
@@ -148,6 +149,35 @@ def test_a_cluster_is_as_large_as_its_commands_need_and_no_larger(name):
             fewer = list(nodes)
             fewer.remove(one)
             assert not fits(fewer, asked)
+
+
+def documented():
+    """Nodes as the table of cluster/README.md has them."""
+    rows = re.findall(
+        r"^\| \w+ \| (\d+)[^|]*\| (\d+) CPU(?:, (\d+) GPU)? \| (?:`(\w+)`)? ?\|",
+        (FOLDER / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    return [
+        Node(int(cpus), int(gpus or 0), frozenset({custom} - {""}))
+        for count, cpus, gpus, custom in rows
+        for _ in range(int(count))
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(set(CLUSTERS) - {"slurm"}))
+def test_the_files_have_the_nodes_of_the_page_and_the_doctor_counts_them(name):
+    nodes = CLUSTERS[name]()
+    assert sorted(nodes, key=repr) == sorted(documented(), key=repr)
+    page = {"rayjob": "kubernetes"}.get(name, name)
+    (words,) = (w for w in commands((FOLDER / f"{page}.md").read_text()) if w[0] == "doctor")
+    asked = request(read_command(cli, tuple(words), SubmitConfig()))
+    finding = check_resources(nodes, asked)
+    cpus, gpus = sum(one.cpus for one in documented()), sum(one.gpus for one in documented())
+    assert finding.ok
+    assert finding.text.endswith(
+        f"fit into {cpus:g} CPU, {gpus:g} GPU on {len(documented())} node(s)"
+    )
 
 
 def test_tokens_are_asked_for_and_dashboards_are_closed():

@@ -1,11 +1,29 @@
 """What the doctor concludes from what nodes report."""
 
+import contextlib
+from pathlib import Path
+
 import pytest
+import ray
+from click.testing import CliRunner
 
 from sbir_ray import doctor
-from sbir_ray.doctor import check_gpus, check_resources, check_room, check_storage, check_versions
+from sbir_ray.cli import cli
+from sbir_ray.doctor import (
+    Finding,
+    check_gpus,
+    check_resources,
+    check_room,
+    check_storage,
+    check_versions,
+    ready,
+)
+from sbir_ray.errors import UserError
 from sbir_ray.runlog import versions
+from sbir_ray.stream import cluster
 from sbir_ray.stream.fit import Group, Node, request_of
+from tests.tiny import tiny_pairs
+from tests.tiny_store import tiny_store
 
 GIB = 1 << 30
 ELSEWHERE = "is not the same place there"
@@ -117,3 +135,82 @@ def test_a_node_leaves_nothing_and_tells_a_place_that_is_another_one_there(tmp_p
     assert doctor._seen(str(tmp_path / "elsewhere"), "token") == "is not the same place there"
     (tmp_path / "file").write_text("")
     assert doctor._seen(str(tmp_path / "file"), "token").startswith("is not the same")
+
+
+SPACE = Path(__file__).parents[2] / "tune" / "loss_weights.toml"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["train", "retrieval", "--pairs", "pairs", "--workers", "400"], "--workers 400 x"),
+        (["sketch", "--sketcher", "edges", "--photos", "photos", "--actors", "400"], "--actors"),
+        (
+            ["tune", str(SPACE), "--pairs", "pairs", "--photos", "photos", "--parallel", "400"],
+            "--parallel 400 x --workers 1 x (1 CPU, 0 GPU) and 0.1 CPU for Ray Tune need 440 CPU",
+        ),
+    ],
+)
+def test_what_can_never_fit_is_refused_before_ray_is_started(tmp_path, monkeypatch, words, line):
+    tiny_pairs(tmp_path / "pairs")
+    tiny_store(tmp_path / "photos", 2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    result = CliRunner().invoke(cli, [*words, "--out", "out"])
+    assert isinstance(result.exception, UserError), result.output
+    assert line in str(result.exception)
+    assert "what would fit: " in str(result.exception)
+
+
+def test_a_sweep_in_an_object_store_is_refused_before_ray_is_started(tmp_path, monkeypatch):
+    tiny_pairs(tmp_path / "pairs")
+    tiny_store(tmp_path / "photos", 2)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    words = ["tune", str(SPACE), "--pairs", str(tmp_path / "pairs")]
+    words += ["--photos", str(tmp_path / "photos"), "--out", "memory://sweeps/a"]
+    result = CliRunner().invoke(cli, words)
+    assert isinstance(result.exception, UserError), result.output
+    assert "choose an --out in a file system that all nodes share" in str(result.exception)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """No Ray is up, and none is started; what is found there is set."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster, "connect", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    looks = []
+
+    def found(*findings):
+        def examine(request, storage, by_node):
+            looks.append((list(storage), by_node))
+            return list(findings)
+
+        monkeypatch.setattr(doctor, "examine", examine)
+        return looks
+
+    return found
+
+
+def test_nothing_starts_that_would_fail_and_all_that_has_to_be_changed_is_told(started):
+    looks = started(
+        Finding("versions", True, "the same"),
+        Finding("storage", False, "/a is read from 1 of 2 node(s)", "name another"),
+        Finding("gpus", False, "no node has a GPU", "leave out --gpu"),
+    )
+    line = r"^storage: /a is read .*; name another; and gpus: no node has a GPU; leave out --gpu$"
+    with pytest.raises(UserError, match=line), ready(request(), [Path("/a")], "head:6379"):
+        pytest.fail("it ran")
+    assert looks == [([Path("/a")], True)]
+
+
+def test_what_only_slows_a_run_is_told_and_it_runs(started, capsys):
+    looks = started(*check_room({"a": report(shm=GIB // 16, disk=GIB)}))
+    ran = False
+    with ready(request(), [Path("/a")]):
+        ran = True
+    assert ran
+    assert looks == [([Path("/a")], False)]
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split()[:2] for line in told] == [["problem", "/dev/shm:"], ["problem", "disk:"]]
