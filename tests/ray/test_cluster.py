@@ -2,7 +2,9 @@
 
 import os
 import stat
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,6 +46,29 @@ def test_a_ray_that_is_up_is_used_and_left_up(cluster):
     with connect():
         assert cluster.is_initialized()
     assert cluster.is_initialized()
+
+
+def test_without_an_address_no_ray_of_this_machine_is_taken(cluster):
+    """Though Ray finds one: it notes the newest there is in its folder."""
+    text = "import ray; from sbir_ray.stream.cluster import connect\nwith connect(): "
+    text += "print(ray.get_runtime_context().gcs_address, len(ray.nodes()))"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    theirs = cluster.get_runtime_context().gcs_address
+    # Ray's sockets lie there, and their names have to be short.
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text(theirs)
+        done = subprocess.run(
+            [sys.executable, "-c", text],
+            env={**environment, "RAY_TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    own, count = done.stdout.split()
+    assert own != theirs
+    assert count == "1"
 
 
 def test_what_does_not_fit_is_refused_with_what_would(cluster):
