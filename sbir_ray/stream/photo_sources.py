@@ -74,12 +74,16 @@ def _of_source(source: str) -> Iterator[Unit]:
         if any(char in source for char in "*?["):
             found = sorted(system.unstrip_protocol(match) for match in system.glob(name))
             yield from _of_matches(source, found)
-        elif system.isdir(name):
+            return
+        try:
+            # Not isdir, which lists the whole folder.
+            is_folder = system.info(name)["type"] == "directory"
+        except FileNotFoundError as error:
+            raise UserError(f"{source}: no such file or folder") from error
+        if is_folder:
             yield from _in_far_folder(system, name)
-        elif system.exists(name):
-            yield from _of_file(source, named=True)
         else:
-            raise UserError(f"{source}: no such file or folder")
+            yield from _of_file(source, named=True)
 
 
 def _of_matches(source: str, matches: Iterable[str]) -> Iterator[Unit]:
@@ -126,19 +130,57 @@ def _names(folder: str) -> Iterator[str]:
 
 
 def _in_far_folder(system: Any, folder: str) -> Iterator[Unit]:
-    entries = sorted(system.ls(folder, detail=True), key=lambda entry: str(entry["name"]))
-    files = {posixpath.basename(entry["name"]) for entry in entries}
-    if "pairs.json" in files:
-        entries = [{"name": f"{folder}/photos.parquet", "type": "file"}]
-    elif "store.json" in files:
-        entries = system.ls(f"{folder}/shards", detail=True)
-    for entry in entries:
-        name = entry["name"].rstrip("/")
-        if entry["type"] == "directory":
-            if name != folder.rstrip("/"):
-                yield from _in_far_folder(system, name)
-        elif _may_have_photos(name):
-            yield from _of_file(system.unstrip_protocol(name), named=False)
+    headers = set()
+
+    def names() -> Iterator[str]:
+        for name, is_folder in _far_entries(system, folder):
+            if name in ("pairs.json", "store.json"):
+                headers.add(name)
+            elif is_folder:
+                yield f"{name}/"
+            elif _may_have_photos(name):
+                yield name
+
+    ordered = on_disk_sorted(names())
+    first = next(ordered, None)  # all names are read
+    if "pairs.json" in headers:
+        yield from _of_file(system.unstrip_protocol(f"{folder}/photos.parquet"), named=False)
+        return
+    if "store.json" in headers:
+        yield from _in_far_folder(system, f"{folder}/shards")
+        return
+    for name in ordered if first is None else itertools.chain([first], ordered):
+        path = f"{folder}/{name}"
+        if name.endswith("/"):
+            yield from _in_far_folder(system, path[:-1])
+        else:
+            yield from _of_file(system.unstrip_protocol(path), named=False)
+
+
+def _far_entries(system: Any, folder: str) -> Iterator[tuple[str, bool]]:
+    """(name, whether it is a folder) of what is in a folder of an object store; from S3 a thousand
+    at a time, else at once."""
+    folder = folder.rstrip("/")
+    if "s3" not in system.protocol:
+        for entry in system.ls(folder, detail=True):
+            name = entry["name"].rstrip("/")
+            if name != folder:
+                yield posixpath.basename(name), entry["type"] == "directory"
+        return
+    bucket, _, key = folder.partition("/")
+    start = f"{key}/" if key else ""
+    asked = {"Bucket": bucket, "Prefix": start, "Delimiter": "/"}
+    while True:
+        page = system.call_s3("list_objects_v2", **asked)
+        for entry in page.get("CommonPrefixes", ()):
+            yield entry["Prefix"].removeprefix(start).rstrip("/"), True
+        for entry in page.get("Contents", ()):
+            # A folder may have an object of its own name, with a slash behind it.
+            if name := entry["Key"].removeprefix(start):
+                yield name, False
+        if not page.get("IsTruncated"):
+            return
+        asked["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def _may_have_photos(name: str) -> bool:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -255,6 +256,9 @@ def test_photos_are_listed_and_read_in_an_object_store(
         for name in ("a/1.png", "a/b/2 ü.PNG", "a/c.txt", "a/large.png"):
             system.pipe(f"{bucket}/{name}", PNG if "large" not in name else bytes(100_001))
         (tmp_path / "list.txt").write_text(f"{bucket}/a/1.png\n{bucket}/none.png\n")
+        # Pages of two entries, so that there are several.
+        ask = s3fs.S3FileSystem.call_s3
+        monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", partialmethod(ask, MaxKeys=2))
         units = [*list_units([f"{bucket}/a", f"{bucket}/a/*.png", tmp_path / "list.txt"])]
         assert [unit.file.removeprefix(bucket) for unit in units] == [
             "/a/1.png",
