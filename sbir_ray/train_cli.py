@@ -223,13 +223,15 @@ def _draw(
     ray: Mapping[str, Any],
 ) -> tuple[Path, ...]:
     """The photos traced and, by a generator, drawn; what is there stays. Returns PSEUDO folders."""
+    from sbir_ray.doctor import ready
     from sbir_ray.runlog import Progress
-    from sbir_ray.stream.cluster import connect
+    from sbir_ray.stream.fit import Group, request_of
     from sbir_ray.stream.sketching import sketch
 
     made = [out.resolve() / "traced"]
     traced = dataclasses.replace(drawings, samples=1)
-    with connect(ray["address"]):
+    drawing = Group("--actors", 1, 1.0, float(ray["gpu"]) if generator else 0.0)
+    with ready(request_of(None, drawing), [out.resolve()], ray["address"]):
         sketch(photos.resolve(), made[0], "contours", traced, progress=Progress)
         if generator is not None:
             made.insert(0, out.resolve() / "drawn")

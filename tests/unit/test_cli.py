@@ -55,7 +55,7 @@ def test_printed_settings_are_a_file_that_loads_to_the_defaults(monkeypatch, cap
             ["train", "retrieval", "--pairs", ".", "--out", "o", "--set", "optim.step=3"],
             "error: unknown setting optim.step; did you mean optim.steps?",
         ),
-        (["train", "semi", "--pairs", ".", "--out", "o"], "error: train semi: give --pseudo"),
+        (["train", "semi", "--pairs", ".", "--out", "o"], "error: train semi: give --photos"),
         (["sketch", "--photos", "p", "--out", "o"], "error: sketch: give either --generator"),
         (["pairs", "import", "--layout", "qmul", "--out", "o"], "error: --layout qmul: name"),
         (

@@ -17,11 +17,14 @@ import pytest
 
 from sbir_ray.config import WebConfig
 from sbir_ray.data.photos import PhotoError, PhotoLimits
+from sbir_ray.places import copy_tree, place
 from sbir_ray.stream import fetch
 from sbir_ray.stream.fetch import Fetcher, is_public
 from sbir_ray.stream.photo_sources import list_units
 from tests.faults.corpus import encoded, scene
 from tests.object_store import make_bucket, object_store
+from tests.tiny import tiny_pairs
+from tests.tiny_store import tiny_store
 
 PNG = encoded(scene(1), "PNG")
 LIMITS = PhotoLimits(max_bytes=100_000)
@@ -273,3 +276,14 @@ def test_photos_are_listed_and_read_in_an_object_store(
         assert [fetcher.read(unit.file) for unit in units[:2]] == [PNG, PNG]
         assert reason_of(units[2].file) == "too-many-bytes"
         assert reason_of(units[-1].file) == "unreadable"
+
+        copy_tree(tiny_pairs(tmp_path / "pairs"), place(f"{bucket}/made/pairs"))
+        copy_tree(tiny_store(tmp_path / "store", 5, shard=2), place(f"{bucket}/made/store"))
+        made = [*list_units([f"{bucket}/made"])]
+        assert {unit.form for unit in made} == {"rows"}
+        assert [(unit.file.removeprefix(f"{bucket}/made"), unit.rows) for unit in made] == [
+            ("/pairs/photos.parquet", 14),
+            ("/store/shards/part-00000.parquet", 2),
+            ("/store/shards/part-00002.parquet", 2),
+            ("/store/shards/part-00004.parquet", 1),
+        ]
