@@ -254,6 +254,11 @@ def _trainer(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ctrl-C stays what it is: Ray's handler ends with 0, outlives the run, and keeps the
+            run's controller, a process of some hundred MB, with it."""
+
     system, folder = arrow_file_system(storage)
     gpu = group.gpu
     patience = math.ceil(2 * max((shard.wait_limit for shard in shards), default=0.0))
@@ -266,7 +271,7 @@ def _trainer(
         "shards": list(shards),
         "stop": group.stop,
     }
-    return TorchTrainer(
+    return Trainer(
         _worker,
         train_loop_config=settings,
         scaling_config=ScalingConfig(

@@ -18,6 +18,14 @@ from pathlib import Path
 _MARK = "SBIR_RAY_TEST_MARK"
 """Environment variable that a driver's processes inherit, those of its Ray too."""
 
+_COMMAND = """
+import signal
+from sbir_ray.cli import main
+# Processes in the background are started to ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+
 
 def marked(mark: str) -> list[int]:
     """Numbers of the processes with this mark that run."""
@@ -67,8 +75,9 @@ class Driver:
         """Its exit code."""
         return self.process.wait(seconds)
 
-    def assert_no_processes(self, seconds: float = 30.0) -> None:
-        """Nothing of it is left, soon after it ended."""
+    def assert_no_processes(self, seconds: float = 180.0) -> None:
+        """Nothing of it is left, some time after it ended: agents of a Ray whose driver was killed
+        go on for a minute, in which they try to say so."""
         until(lambda: not marked(self.mark), seconds, f"processes {marked(self.mark)} to end")
 
 
@@ -91,7 +100,7 @@ def driving(*words: object, folder: Path, address: str = "") -> Iterator[Driver]
     others = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with said.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-c", "from sbir_ray.cli import main; main()", *map(str, words)],
+            [sys.executable, "-c", _COMMAND, *map(str, words)],
             cwd=Path(__file__).parents[2],
             env={**others, **ray, _MARK: mark, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"},
             stdout=stream,
