@@ -1,9 +1,12 @@
 """One Ray for all tests of this folder: it takes longer to start than most of them to run."""
 
+import gc
+
 import pytest
 import ray
 
 from sbir_ray.stream.cluster import connect
+from tests.faults.kit import assert_no_orphans
 from tests.object_store import make_bucket, object_store
 
 
@@ -36,3 +39,12 @@ def cluster(tmp_path_factory):
 def bucket(cluster):
     """The URI of a bucket that this process and those of the cluster reach."""
     return make_bucket("tests")
+
+
+@pytest.fixture
+def no_orphans(cluster):
+    """A test leaves no actor and no placement group of the cluster behind."""
+    yield
+    # Errors that were caught may hold actors.
+    gc.collect()
+    assert_no_orphans()
