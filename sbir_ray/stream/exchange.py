@@ -61,7 +61,10 @@ class Exchange:
         self.window, self.batch, self.first = window, batch, first
         self._changed = threading.Condition()
         self._closed = ""
+        self.ended = threading.Event()
         self._granted = 0
+        self._order: list[int] = []
+        """Numbers of batches as they were granted; those granted again are here again."""
         self._unfinished: set[int] = set()
         self._unopened: set[int] = set()
         self._begun: Counter[int] = Counter()
@@ -79,24 +82,34 @@ class Exchange:
 
     # ----------------------------------------------------------------------- the source
 
-    def take(self, number: int, patience: float) -> int:
-        """Wait until batch ``number`` is granted.
+    def take(self, place: int, patience: float) -> list[int] | None:
+        """Wait for the numbers of batches to draw, from the ``place``-th that was granted on.
 
-        A source that was started again asks for the same numbers again, which are granted already.
+        A source that was started again asks from the first on, and gets the same numbers.
 
         Returns:
-            How many batches are granted by now, or -1 when the stream is closed.
+            [] if none is granted yet, None when the stream is closed.
         """
         with self._changed:
-            self._wait(lambda: number < self._granted or self._room(), patience)
+            self._wait(lambda: place < len(self._order) or self._room(), patience)
             if self._closed:
-                return -1
-            if number == self._granted and self._room():
+                return None
+            if place == len(self._order) and self._room():
+                number = self._granted
                 self._granted += 1
+                self._order.append(number)
                 self._unfinished.add(number)
                 self._unopened.add(number)
                 self._in_flight |= dict.fromkeys(self._tickets(number), -1)
-            return self._granted
+            return self._order[place:]
+
+    def repeat(self) -> None:
+        """Grant again all that no learner has: a node is lost, and who knows what was there. What
+        comes twice is opened once."""
+        with self._changed:
+            self._order += sorted(self._unopened)
+            self._begun.clear()  # it was not they that ended their processes
+            self._changed.notify_all()
 
     def _room(self) -> bool:
         # What died on the way to a learner is never finished.
@@ -106,9 +119,9 @@ class Exchange:
 
     def begin(self, number: int, serial: int) -> Begun | None:
         """What a generator that has publication ``serial`` needs to know before it draws a batch;
-        None when the stream is closed."""
+        None when a learner has it already, or the stream is closed."""
         with self._changed:
-            if self._closed:
+            if self._closed or number not in self._unopened:
                 return None
             self._begun[number] += 1
             news = serial != self._serial
@@ -195,6 +208,7 @@ class Exchange:
         """No batch is drawn any more; the learners are told why."""
         with self._changed:
             self._closed = self._closed or trouble
+            self.ended.set()
             self._changed.notify_all()
 
     def _tickets(self, number: int) -> range:

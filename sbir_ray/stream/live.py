@@ -27,6 +27,7 @@ import ray
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.joint_config import StreamConfig
@@ -164,9 +165,11 @@ class LiveStream:
         )
         # Calls that wait take a thread each: the source's, and one of each learner's process, of
         # which an earlier one's may wait on for a moment after its death.
+        # On the driver's node: losing a node that draws may not end the run.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._actor: Any = (
             ray.remote(StreamActor)
-            .options(num_cpus=0, max_concurrency=16 + 2 * world)
+            .options(num_cpus=0, max_concurrency=16 + 2 * world, scheduling_strategy=here)
             .remote(window, batch, first)
         )
         ray.get(self._actor.start.remote(plan))

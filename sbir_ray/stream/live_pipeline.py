@@ -7,7 +7,6 @@ weights: a batch follows from its number alone. A batch that kills its process i
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,13 +54,11 @@ def _block(number: int, rows: bytes) -> pa.Table:
 
 def count_batches(_: pa.Table, exchange: Any) -> Iterator[pa.Table]:
     """Task: numbers of batches, as they are granted, until the stream is closed."""
-    granted = 0
-    for number in itertools.count():
-        while granted <= number:
-            granted = ray.get(exchange.take.remote(number, PATIENCE))
-            if granted < 0:
-                return
-        yield _block(number, b"")
+    place = 0
+    while (numbers := ray.get(exchange.take.remote(place, PATIENCE))) is not None:
+        for number in numbers:
+            yield _block(number, b"")
+        place += len(numbers)
 
 
 def read_batch(block: pa.Table, spec: StreamSpec, sides: tuple[int, ...], first: int) -> pa.Table:
@@ -93,7 +90,7 @@ class DrawActor:
         self.serial = 0
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """The rows of a batch for its photos; no block when the stream is closed."""
+        """The rows of a batch for its photos; no block when nobody waits for it."""
         number = block["number"][0].as_py()
         begun = ray.get(self.exchange.begin.remote(number, self.serial))
         if begun is None:
@@ -176,6 +173,7 @@ class StreamActor(Exchange):
         """Begin to draw."""
         self._thread = threading.Thread(target=self._run, args=(plan,), daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def close(self) -> None:
         """Let the pipeline end, and wait for that a while."""
@@ -191,6 +189,20 @@ class StreamActor(Exchange):
             self.end("the live stream ended")
         except Exception as error:  # the learners have to be told, whatever it is
             self.end(f"the live stream broke down: {cause(error)}")
+
+    def _watch(self) -> None:
+        """Have drawn by others what was drawn on a node that is lost: its actors may never find
+        another place, and Ray would keep their batches for them."""
+        before, again = _alive(), 0
+        while not self.ended.wait(PATIENCE):
+            now = _alive()
+            if before - now:
+                # Twice: meanwhile Ray Data may have sent them another batch.
+                again = 2
+            if again:
+                self.repeat()
+                again -= 1
+            before = now
 
     def _dataset(self, plan: Plan) -> ray.data.Dataset:
         quiet_data()
@@ -236,6 +248,10 @@ class StreamActor(Exchange):
                 **tables,
             )
         )
+
+
+def _alive() -> set[str]:
+    return {node["NodeID"] for node in cast(Any, ray).nodes() if node["Alive"]}
 
 
 # --------------------------------------------------------------------------- errors
