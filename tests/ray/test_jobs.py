@@ -28,7 +28,7 @@ from tests.faults.kit import assert_ledger
 from tests.tiny import joint_config, tiny_pairs
 from tests.tiny_store import tiny_store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 48
 LIMIT = 120
@@ -87,6 +87,8 @@ def head(tmp_path_factory):
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray Data's own actors stay, and the head would wait for them when it ends.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
     # Ray's sockets lie there, and their names have to be short.
     temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
