@@ -41,10 +41,23 @@ def bucket(cluster):
     return make_bucket("tests")
 
 
-@pytest.fixture
-def no_orphans(cluster):
-    """A test leaves no actor and no placement group of the cluster behind."""
-    yield
+def check_for_orphans():
+    """No actor and no placement group of the cluster is left behind."""
     # Errors that were caught may hold actors.
     gc.collect()
     assert_no_orphans()
+
+
+@pytest.fixture
+def no_orphans(cluster):
+    """Looks after each test."""
+    yield
+    check_for_orphans()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_orphans_of_the_file():
+    """Looks after the last test of each file."""
+    yield
+    if ray.is_initialized():
+        check_for_orphans()
