@@ -179,8 +179,8 @@ class _Drawings:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # One that is under way ends with Ray.
-        self.thread.shutdown(wait=False, cancel_futures=True)
+        # Its folder is locked until it ends.
+        self.thread.shutdown(wait=True, cancel_futures=True)
 
     @property
     def running(self) -> list[Work]:

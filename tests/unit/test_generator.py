@@ -454,8 +454,8 @@ def test_a_generator_trained_on_two_pairs_learns_when_to_stop() -> None:
     colour_23 = torch.tensor([[250, 0, 0], [0, 0, 250]], dtype=torch.uint8)
     photo = colour_23[:, :, None, None].expand(2, 3, SIZE, SIZE)
     parameters = [p for p in generator.train().parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=1e-2)
-    for _ in range(100):
+    optimizer = torch.optim.Adam(parameters, lr=5e-3)
+    for _ in range(200):
         terms = generator.nll(photo, points, length)
         optimizer.zero_grad()
         (terms["offset"] + terms["pen"]).mean().backward()
