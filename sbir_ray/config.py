@@ -363,6 +363,10 @@ class IngestConfig:
         at_least("shard_rows", self.shard_rows, 1)
 
 
+BEST_OF = 4
+"""Drawings of a photo by a generator, of which one is chosen, where nothing else is asked for."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SketchConfig:
     """``sketch``: how pseudo sketches are drawn and which are kept."""

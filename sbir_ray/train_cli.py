@@ -20,12 +20,9 @@ from sbir_ray.cli_options import (
     with_settings,
     with_workers,
 )
-from sbir_ray.config import SketchConfig
+from sbir_ray.config import BEST_OF, SketchConfig
 from sbir_ray.errors import UserError
 from sbir_ray.joint_config import JointTraining
-
-DRAWINGS = 4
-"""Of a photo by a generator, of which one is chosen, for ``train semi --photos``."""
 
 
 @click.group()
@@ -147,7 +144,7 @@ def train_generator(
     "--generator",
     type=FOLDER,
     help="Run of a generator that draws --photos too, into OUT/drawn: the best of "
-    f"{DRAWINGS} by --teacher, or by certainty.",
+    f"{BEST_OF} by --teacher, or by certainty.",
 )
 @click.option("--teacher", type=FOLDER, help="Run of the supervised network, for distillation.")
 @click.option(
@@ -193,7 +190,7 @@ def train_semi(
         raise UserError("--generator: has no --photos to draw; give them, or --pseudo")
     if photos is not None:
         _inputs(photos=photos, generator=generator, teacher=teacher)
-        drawings = SketchConfig(seed=config.seed, samples=config.samples or DRAWINGS)
+        drawings = SketchConfig(seed=config.seed, samples=config.samples or BEST_OF)
         pseudo = _draw(out, photos, generator, teacher, drawings, ray)
         negatives = photos if config.negatives else None
     if not pseudo and negatives is None:

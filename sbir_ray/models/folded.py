@@ -1,8 +1,8 @@
 """Batch normalisation by stored statistics, computed within the convolution before it.
 
 What such a layer does is linear, so that y = s (w * x) + b is y = (s w) * x + b: one pass over the
-map less in each direction, a third of the time of a MobileNet's step on a CPU. Values and gradients
-are the same to rounding, and parameters and their names do not change.
+map less in each direction, a quarter of the time of a MobileNet's step on a CPU. Values and
+gradients are the same to rounding, and parameters and their names do not change.
 """
 
 from __future__ import annotations

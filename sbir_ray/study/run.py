@@ -155,6 +155,9 @@ def _check(request: Request, plan: Plan) -> None:
         for variant in studies.chosen(known, request.rows):
             plan.changed(variant, plan.base.seed)
         studies.chosen(known, [request.against], "--against")
+        usual = studies.SUPERVISED.name
+        if request.against != usual and request.rows and request.against not in request.rows:
+            raise UserError(f"--against {request.against}: is not among --rows; add it there")
     header = read_header(request.pairs)["splits"]
     if not header[request.split]["sketches"]:
         raise UserError(

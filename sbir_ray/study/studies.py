@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from sbir_ray.config import BEST_OF
 from sbir_ray.errors import UserError
 from sbir_ray.joint_config import JointTraining
 from sbir_ray.study.data import Cell
@@ -19,8 +20,6 @@ JOINT = Variant("full", "joint training", joint=True)
 NEGATIVES = Variant("negatives", "photos as negatives alone", negatives=True)
 CONTOURS = Variant("contours", "contour tracing as pseudo sketches", drawn=("contours",))
 EDGES = Variant("edges", "edge maps as pseudo sketches", drawn=("edges",))
-SAMPLES = 4
-"""Drawings of a photo, of which the teacher chooses one, where a generator draws once for all."""
 
 Reward = Literal["reinforce", "soft", "both", "none"]
 _REWARDS: dict[Reward, tuple[str, str]] = {
@@ -103,13 +102,13 @@ def label_variants(base: JointTraining) -> list[Variant]:
 
 def usual_label_variants(base: JointTraining) -> list[Variant]:
     """The controls, the generators, their drawings with contours, joint training."""
-    best = f"the best of {SAMPLES}"
+    best = f"the best of {BEST_OF}"
     by_paper = [
         Variant(
             "paper-drawings",
             f"drawings by the paper's generator, {best}",
             drawn=("generator",),
-            samples=SAMPLES,
+            samples=BEST_OF,
             change=_paper,
         )
     ]
@@ -125,12 +124,12 @@ def usual_label_variants(base: JointTraining) -> list[Variant]:
             negatives=True,
         ),
         *(by_paper if base.generator.model.kind != "paper" else []),
-        Variant("drawings", f"drawings, {best}", drawn=("generator",), samples=SAMPLES),
+        Variant("drawings", f"drawings, {best}", drawn=("generator",), samples=BEST_OF),
         Variant(
             "mixed",
             f"drawings, {best}, contour tracing, and photos as negatives",
             drawn=("generator", "contours"),
-            samples=SAMPLES,
+            samples=BEST_OF,
             negatives=True,
         ),
         JOINT,

@@ -18,6 +18,7 @@ from sbir_ray.config import IngestConfig
 from sbir_ray.runlog import Progress
 from sbir_ray.stream import ingest as ingestion
 from sbir_ray.stream.cluster import connect
+from tests.faults.kit import forked
 from tests.inline_tasks import inline_tasks
 
 POINTS = (
@@ -58,18 +59,15 @@ def _arm(point: str) -> None:
 
 def _run(way: str, source: Path, out: Path, point: str = "") -> int:
     """The state in which a process of its own ends that runs the ingestion."""
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            if point:
-                _arm(point)
-            with connect(num_cpus=4) if way == "ray" else inline_tasks():
-                ingestion.ingest([source], out, CONFIG)
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitpid(child, 0)[1]
+
+    def work() -> int:
+        if point:
+            _arm(point)
+        with connect(num_cpus=4) if way == "ray" else inline_tasks():
+            ingestion.ingest([source], out, CONFIG)
+        return 0
+
+    return forked(work)
 
 
 def main() -> None:
@@ -78,8 +76,7 @@ def main() -> None:
         store = Path(out) / (point or "whole").replace(":", "-")
         status = _run(way, Path(source), store, point)
         if point:
-            assert os.WIFSIGNALED(status), (point, status)
-            assert os.WTERMSIG(status) == signal.SIGKILL, (point, status)
+            assert status == -signal.SIGKILL, (point, status)
             status = _run(way, Path(source), store)
         assert status == 0, (point, status)
         print(store)

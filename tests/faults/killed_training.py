@@ -22,6 +22,7 @@ import torchvision
 from sbir_ray import checkpoint, cli
 from sbir_ray.train import launch, loop
 from sbir_ray.train.ranks import Ranks
+from tests.faults.kit import forked
 
 LOADED = launch, tensorboardX, torchvision
 """Once, before the processes part."""
@@ -76,20 +77,15 @@ def _arm(point: str) -> None:
 
 def _run(words: Sequence[str], out: Path, point: str = "") -> int:
     """The state in which a process of its own ends that runs the command."""
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            if point:
-                _arm(point)
-            sys.argv = ["sbir-ray", *words, "--out", str(out)]
-            cli.main()
-            status = 0
-        except SystemExit as error:
-            status = error.code if isinstance(error.code, int) else 1
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def work() -> int:
+        if point:
+            _arm(point)
+        sys.argv = ["sbir-ray", *words, "--out", str(out)]
+        cli.main()
+        return 0
+
+    return forked(work)
 
 
 def main() -> None:

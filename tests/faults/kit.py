@@ -82,3 +82,18 @@ def killing(*plans: tuple[Callable[[], bool], str]) -> Iterator[list[int]]:
     finally:
         over.set()
         thread.join()
+
+
+def forked(work: Callable[[], int]) -> int:
+    """The state in which a process of its own ends that does ``work``: its number, 1 after an
+    exception, or minus the signal that killed it."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            status = work()
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

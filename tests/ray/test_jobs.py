@@ -19,14 +19,8 @@ from pathlib import Path
 import pytest
 
 from sbir_ray import checkpoint
-from sbir_ray.config import FilterConfig
-from sbir_ray.joint_config import ScheduleConfig, StreamConfig
-from sbir_ray.strict import to_toml
-from sbir_ray.train.launch import train
-from sbir_ray.train.tasks import joint_jobs
 from tests.faults.kit import assert_ledger
-from tests.tiny import joint_config, tiny_pairs
-from tests.tiny_store import tiny_store
+from tests.live_joint import CONFIG, live_joint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -119,21 +113,9 @@ def head(tmp_path_factory):
 def joint(head, tmp_path_factory):
     """The words of a joint training of some seconds, and its run folder."""
     folder = tmp_path_factory.mktemp("joint")
-    inputs = {
-        "pairs": str(tiny_pairs(folder / "pairs")),
-        "photos": str(tiny_store(folder / "photos", 9)),
-    }
-    config = joint_config(
-        schedule=ScheduleConfig(steps=STEPS, retrieval_steps=2, generator_steps=1),
-        filters=FilterConfig(min_points=1),
-        stream=StreamConfig(batch_size=4, wait_limit=60.0),
-    )
-    train(joint_jobs(str(folder / "run"), config, inputs)[:-1], workers=0)
-    (head("doctor")["cwd"] / "joint.toml").write_text(to_toml(config))
+    words = live_joint(folder, head("doctor")["cwd"], STEPS, 60.0)
     run = folder / "joint"
-    words = ["train", "joint", "--config", "joint.toml", "--out", run]
-    words += ["--pairs", inputs["pairs"], "--photos", inputs["photos"]]
-    words += ["--teacher", folder / "run" / "supervised", "--generator", folder / "run/generator"]
+    words += ["--config", CONFIG, "--out", run]
     return [*words, "--workers", "1", "--cpus-per-worker", "1", "--actors", "1"], run
 
 

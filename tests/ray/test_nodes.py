@@ -12,15 +12,9 @@ from ray._raylet import Config
 from ray.cluster_utils import Cluster
 
 from sbir_ray import checkpoint
-from sbir_ray.config import FilterConfig
-from sbir_ray.joint_config import ScheduleConfig, StreamConfig
 from sbir_ray.stream import cluster as clusters
-from sbir_ray.strict import to_toml
-from sbir_ray.train.launch import train
-from sbir_ray.train.tasks import joint_jobs
 from tests.faults.kit import DRAWS, TRAINS, assert_ledger
-from tests.tiny import joint_config, tiny_pairs
-from tests.tiny_store import tiny_store
+from tests.live_joint import CONFIG, live_joint
 
 STEPS = 60
 LIMIT = 420
@@ -55,22 +49,9 @@ def used(cluster, part):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_workers_and_actors_are_on_their_nodes_and_a_node_is_lost(tmp_path, three):
-    inputs = {
-        "pairs": str(tiny_pairs(tmp_path / "pairs")),
-        "photos": str(tiny_store(tmp_path / "photos", 9)),
-    }
-    config = joint_config(
-        schedule=ScheduleConfig(steps=STEPS, retrieval_steps=2, generator_steps=1),
-        filters=FilterConfig(min_points=1),
-        stream=StreamConfig(batch_size=4, wait_limit=90.0),
-    )
-    train(joint_jobs(str(tmp_path / "before"), config, inputs)[:-1], workers=0)
-    (tmp_path / "joint.toml").write_text(to_toml(config))
+    words = live_joint(tmp_path, tmp_path, STEPS, 90.0)
     run = tmp_path / "run"
-    words = ["train", "joint", "--config", tmp_path / "joint.toml", "--out", run]
-    words += ["--pairs", inputs["pairs"], "--photos", inputs["photos"]]
-    words += ["--teacher", tmp_path / "before" / "supervised"]
-    words += ["--generator", tmp_path / "before" / "generator"]
+    words += ["--config", tmp_path / CONFIG, "--out", run]
     words += ["--address", three.address, "--workers", "1", "--worker-resource", "train"]
     words += ["--actors", "1:2", "--actor-resource", "draw"]
     lost, kept = sorted(three.worker_nodes, key=lambda node: node.node_id)

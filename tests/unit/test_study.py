@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sbir_ray.cli import main
-from sbir_ray.config import AdamConfig, FilterConfig, GeneratorTraining, RetrievalTraining
+from sbir_ray.config import (
+    BEST_OF,
+    AdamConfig,
+    FilterConfig,
+    GeneratorTraining,
+    RetrievalTraining,
+)
 from sbir_ray.data.pairs import hash_of
 from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.data.photos import read_store
@@ -244,7 +250,7 @@ def test_drawings_and_contours_are_mixed_and_the_teacher_chooses_among_drawings(
     assert job.inputs["pseudo"] == drawn.out
     assert job.inputs["pseudo-2"] == traced.out
     assert (traced.sketcher, traced.config.samples, traced.teacher) == ("contours", 1, "")
-    assert drawn.config.samples == studies.SAMPLES
+    assert drawn.config.samples == BEST_OF
     assert drawn.teacher == job.inputs["teacher"]
     assert job.config.negatives == BASE.retrieval.optim.batch_size // 2
     # The row of drawings alone needs the same drawings.
@@ -379,6 +385,11 @@ def test_a_measurement_is_done_when_it_is_written(tmp_path):
     ("words", "message"),
     [
         (["ablation", "--rows", "ful"], "error: --rows ful: no such row; did you mean full?"),
+        (["labels", "--against", "ful"], "error: --against ful: no such row; did you mean full?"),
+        (
+            ["labels", "--rows", "supervised,full", "--against", "edges"],
+            "error: --against edges: is not among --rows; add it there",
+        ),
         (["ablation", "--labels", "0.2,0.4"], "error: --labels 0.2,0.4: give one"),
         (["labels", "--split", "test", "--photos", "none"], "error: none/store.json: not a photo"),
         (["photos", "--judge", "run"], "Usage: "),
