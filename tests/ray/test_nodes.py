@@ -53,7 +53,7 @@ def test_workers_and_actors_are_on_their_nodes_and_a_node_is_lost(tmp_path, thre
     run = tmp_path / "run"
     words += ["--config", tmp_path / CONFIG, "--out", run]
     words += ["--address", three.address, "--workers", "1", "--worker-resource", "train"]
-    words += ["--actors", "1:2", "--actor-resource", "draw"]
+    words += ["--actors", "2:2", "--actor-resource", "draw"]
     lost, kept = sorted(three.worker_nodes, key=lambda node: node.node_id)
     trained, drew = set(), set()
     log = tmp_path / "log"
