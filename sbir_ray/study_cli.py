@@ -52,7 +52,14 @@ def _with_common(command: F) -> F:
     """The options of all studies, in this order in the help."""
     for option in reversed(
         [
-            click.option("--pairs", type=FOLDER, required=True, help="PAIRS folder."),
+            click.option(
+                "--pairs",
+                type=FOLDER,
+                multiple=True,
+                required=True,
+                help="PAIRS folder; several, as those of `pairs import --fold K/N`, are taken by "
+                "the seeds in turn.",
+            ),
             click.option(
                 "--photos",
                 type=FOLDER,
@@ -184,10 +191,13 @@ def labels(**options: Any) -> None:
     drawings of each photo, chosen by the teacher), mixed (these, contours and negatives), full
     (joint training); by name also those of `study ablation`. All have as many updates of F. At a
     share of 1 the photos without sketches are those of --photos. The same command with another
-    --against compares anew at once.
+    --against compares anew at once. With folds every photo is measured on, by one seed or more.
 
-    Example: sbir-ray study labels --pairs chairs --photos photos --labels 0.1,0.2 --rows
+    Examples: sbir-ray study labels --pairs chairs --photos photos --labels 0.1,0.2 --rows
     supervised,negatives,contours,mixed --against negatives --out studies/labels
+
+    sbir-ray study labels --pairs chairs-0 --pairs chairs-1 --pairs chairs-2 --seeds 3 --photos
+    photos --out studies/folds
     """
     _study("labels", several=True, **options)
 

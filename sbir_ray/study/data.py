@@ -7,7 +7,7 @@ one seed is the part of them that is not labelled there, so a smaller share hide
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,12 +35,16 @@ class Cell:
     """Of the choice which, and of everything else."""
     pairs: str
     """PAIRS folder with the labelled pairs."""
+    whole: str
+    """PAIRS folder with all labels, whose held-out photos are measured on."""
     pool: str
     """PHOTOS folder of the photos without sketches; "" if there are none."""
     photos: int
     """How many the pool has."""
     part: int | None = None
     """How many of them were taken, if not all."""
+    fold: int = 0
+    """Number of ``whole`` among the study's PAIRS folders."""
 
     @property
     def labelled(self) -> str:
@@ -55,7 +59,7 @@ class Cell:
 
 def prepare(
     out: Path,
-    pairs: Path,
+    folds: Sequence[Path],
     photos: Path | None,
     shares: Iterable[float],
     seeds: Iterable[int],
@@ -65,27 +69,37 @@ def prepare(
 
     Args:
         out: folder of the study's data.
-        pairs: PAIRS folder with all labels.
+        folds: PAIRS folders with all labels; the seeds take them in turn.
         photos: PHOTOS folder of photos without sketches, if there are any.
         progress: makes a progress line from a title.
 
     Raises:
         UserError: the folders cannot be used, or a share leaves one part empty.
     """
-    drawn = {row["photo_id"] for row in iter_sketches(pairs, {"train"})}
-    undrawn = any(row["photo_id"] not in drawn for row in iter_photos(pairs, {"train"}))
     shares, seeds = list(shares), list(seeds)
-    everything = out / "photos"
     hiding = any(share < 1 for share in shares)
-    if not everything.exists() and (photos is not None or hiding or undrawn):
-        from sbir_ray.stream.ingest import ingest
+    for fold, pairs in enumerate(folds):
+        drawn = {row["photo_id"] for row in iter_sketches(pairs, {"train"})}
+        undrawn = any(row["photo_id"] not in drawn for row in iter_photos(pairs, {"train"}))
+        everything = out / _of_fold("photos", fold)
+        if not everything.exists() and (photos is not None or hiding or undrawn):
+            from sbir_ray.stream.ingest import ingest
 
-        sources = [pairs, *([photos] if photos is not None else [])]
-        ingest(sources, everything, exclude=[pairs], progress=progress)
-    return [_cell(out, pairs, everything, share, seed) for share in shares for seed in seeds]
+            sources = [pairs, *([photos] if photos is not None else [])]
+            ingest(sources, everything, exclude=[pairs], progress=progress)
+    return [
+        _cell(out, folds, place % len(folds), share, seed)
+        for share in shares
+        for place, seed in enumerate(seeds)
+    ]
 
 
-def _cell(out: Path, pairs: Path, everything: Path, share: float, seed: int) -> Cell:
+def _of_fold(name: str, fold: int) -> str:
+    return f"{name}-of-fold-{fold}" if fold else name
+
+
+def _cell(out: Path, folds: Sequence[Path], fold: int, share: float, seed: int) -> Cell:
+    pairs, everything = folds[fold], out / _of_fold("photos", fold)
     folder = out / f"labels-{share:g}" / f"seed-{seed}"
     labelled = pairs
     if share < 1:
@@ -93,12 +107,13 @@ def _cell(out: Path, pairs: Path, everything: Path, share: float, seed: int) -> 
         if not labelled.exists():
             split_labels(pairs, share, seed, folder / "pairs")
     ids: set[str] = set()
-    pool = (folder if share < 1 else folder.parent) / "photos"
+    pool = folder / "photos" if share < 1 else folder.parent / _of_fold("photos", fold)
     if everything.exists():
         ids = _ids(everything) - {row["photo_id"] for row in iter_sketches(labelled, {"train"})}
     if ids:
         _part_of(everything, pool, ids)
-    return Cell(share, seed, str(labelled), str(pool) if ids else "", len(ids))
+    there = str(pool) if ids else ""
+    return Cell(share, seed, str(labelled), str(pairs), there, len(ids), fold=fold)
 
 
 def part_of_pool(out: Path, cell: Cell, count: int) -> Cell:

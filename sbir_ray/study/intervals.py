@@ -23,7 +23,9 @@ NAMES = tuple(f"acc@{k}" for k in PLACES)
 METHOD = (
     "Intervals: 95%, percentile bootstrap over training runs (seeds) and test photos at once; the "
     "runs' deviations are widened by sqrt(S / (S - 1)), S runs, since so few resample too "
-    "narrowly. With one run they cover the choice of photos alone."
+    "narrowly. With one run they cover the choice of photos alone. Runs that were measured on "
+    "other photos (folds) count alike, and what the photos differ counts twice: as photos and as "
+    "runs."
 )
 """How the intervals come about, for people."""
 _BLOCK = 1 << 22
@@ -68,11 +70,10 @@ def accuracy(runs: Sequence[Found]) -> dict[str, Estimate]:
     """acc@1, acc@5 and acc@10, the mean over the runs, each within [0, 1].
 
     Raises:
-        ValueError: no runs, or runs with other queries.
+        ValueError: no runs, or one without queries.
     """
-    photos = _common(runs)
     return {
-        name: _estimate(np.stack([_hits(run, k) for run in runs]), photos, least=0.0)
+        name: _estimate([(run.photos, _hits(run, k)) for run in runs], least=0.0)
         for name, k in zip(NAMES, PLACES, strict=True)
     }
 
@@ -86,17 +87,16 @@ def difference(runs: Sequence[Found], others: Sequence[Found]) -> dict[str, Esti
         others: the run of the same seed for each of ``runs``.
 
     Raises:
-        ValueError: as :func:`accuracy`, or not as many runs.
+        ValueError: as :func:`accuracy`, not as many runs, or a run and its other have not the same
+            queries.
     """
     if len(runs) != len(others):
         raise ValueError(f"{len(runs)} runs and {len(others)} to compare them with")
-    photos = _common([*runs, *others])
+    both = list(zip(runs, others, strict=True))
+    if any(list(a.photos) != list(b.photos) for a, b in both):
+        raise ValueError("the runs are not of the same queries")
     return {
-        name: _estimate(
-            np.stack([_hits(a, k) - _hits(b, k) for a, b in zip(runs, others, strict=True)]),
-            photos,
-            least=-1.0,
-        )
+        name: _estimate([(a.photos, _hits(a, k) - _hits(b, k)) for a, b in both], least=-1.0)
         for name, k in zip(NAMES, PLACES, strict=True)
     }
 
@@ -115,35 +115,40 @@ def _hits(run: Found, k: int) -> Floats:
     return (np.asarray(run.ranks) <= k).astype(np.float64)
 
 
-def _common(runs: Sequence[Found]) -> Sequence[str]:
-    if not runs or not len(runs[0].photos):
+def _estimate(value: Sequence[tuple[Sequence[str], Floats]], least: float) -> Estimate:
+    """Of each run the photo and the value of each query, (Q,)."""
+    if not value or not all(len(photos) for photos, _ in value):
         raise ValueError("no runs, or no queries")
-    if any(list(run.photos) != list(runs[0].photos) for run in runs):
-        raise ValueError("the runs are not of the same queries")
-    return runs[0].photos
-
-
-def _estimate(value_SQ: Floats, photos: Sequence[str], least: float) -> Estimate:
-    mean = float(value_SQ.mean())
-    drawn = np.concatenate(list(_resampled(value_SQ, photos)))
+    mean = float(np.mean([value_Q.mean() for _, value_Q in value]))
+    drawn = np.concatenate(list(_resampled(value)))
     low, high = np.percentile(np.clip(drawn, least, 1.0), [2.5, 97.5])
     return Estimate(mean, float(low), float(high))
 
 
-def _resampled(value_SQ: Floats, photos: Sequence[str], seed: int = 0) -> Iterator[Floats]:
+def _resampled(value: Sequence[tuple[Sequence[str], Floats]], seed: int = 0) -> Iterator[Floats]:
     """Blocks (R,) of the mean over resampled runs and photos."""
-    names, photo_of_Q = np.unique(np.asarray(photos), return_inverse=True)
-    count_P = np.bincount(photo_of_Q).astype(np.float64)
-    sum_SP = np.stack([np.bincount(photo_of_Q, weights=value_Q) for value_Q in value_SQ])
-    runs = len(value_SQ)
+    runs = len(value)
+    # Runs of the same queries see the same resampled photos.
+    folds: dict[tuple[str, ...], list[int]] = {}
+    for place, (photos, _) in enumerate(value):
+        folds.setdefault(tuple(photos), []).append(place)
+    parts = []
+    for photos, places in folds.items():
+        _, photo_of_Q = np.unique(np.asarray(photos), return_inverse=True)
+        count_P = np.bincount(photo_of_Q).astype(np.float64)
+        sum_SP = np.stack([np.bincount(photo_of_Q, weights=value[s][1]) for s in places])
+        parts.append((places, count_P, sum_SP))
     widen = math.sqrt(runs / (runs - 1)) if runs > 1 else 0.0
     rng = np.random.default_rng(seed)
-    step = max(1, _BLOCK // len(names))
+    step = max(1, _BLOCK // max(len(count_P) for _, count_P, _ in parts))
     for start in range(0, RESAMPLES, step):
         size = min(step, RESAMPLES - start)
-        photo_RP = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size)
+        mean_RS = np.empty((size, runs))
+        for places, count_P, sum_SP in parts:
+            P = len(count_P)
+            photo_RP = rng.multinomial(P, np.full(P, 1 / P), size)
+            mean_RS[:, places] = (photo_RP @ sum_SP.T) / (photo_RP @ count_P)[:, None]
         run_RS = rng.multinomial(runs, np.full(runs, 1 / runs), size)
-        mean_RS = (photo_RP @ sum_SP.T) / (photo_RP @ count_P)[:, None]
         middle_R = mean_RS.mean(axis=1)
         chosen_R = (run_RS * mean_RS).sum(axis=1) / runs
         yield middle_R + widen * (chosen_R - middle_R)

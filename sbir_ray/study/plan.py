@@ -90,9 +90,9 @@ class Plan:
     Args:
         out: folder of the study.
         base: what is varied; its seed is the first.
-        pairs, split, gallery: what is measured on: PAIRS folder, its split, and a PHOTOS folder
-            that is searched as well, or "".
-        judge: RUN of an F that judges drawings; "": one is trained on all labels of ``pairs``.
+        split, gallery: what is measured on: the split of a cell's PAIRS folder, and a PHOTOS
+            folder that is searched as well, or "".
+        judge: RUN of an F that judges drawings; "": one is trained on all labels.
 
     Raises:
         UserError: settings that a study cannot keep.
@@ -102,7 +102,6 @@ class Plan:
         self,
         out: Path,
         base: JointTraining,
-        pairs: str,
         split: Split,
         gallery: str = "",
         judge: str = "",
@@ -114,7 +113,7 @@ class Plan:
             )
         # Repeatable, and each training is one process.
         self.base = replace(base, stream=replace(base.stream, sync=True))
-        self.out, self.pairs, self.split, self.gallery = out, pairs, split, gallery
+        self.out, self.split, self.gallery = out, split, gallery
         self.judge = judge
         self.work: dict[str, Work] = {}
         self._trained: dict[str, Train] = {}
@@ -258,24 +257,26 @@ class Plan:
 
     # ----------------------------------------------------------------------- measurements
 
-    def measure(self, trained: Train) -> str:
-        """Name of the measurement of a trained F on the split."""
+    def measure(self, trained: Train, cell: Cell) -> str:
+        """Name of the measurement of a trained F on the split of the cell's whole PAIRS folder."""
         name = f"{trained.name}/found"
         return self._add(
-            Measure(name, trained.run, **self._where(name), needs=(trained.name,))
+            Measure(name, trained.run, **self._where(name, cell), needs=(trained.name,))
         ).name
 
-    def judged(self, name: str, sketcher: Train | str, seed: int) -> str:
+    def judged(self, name: str, sketcher: Train | str, seed: int, cell: Cell) -> str:
         """Name of the measurement of drawings of the split's photos by the judge.
 
         Args:
             name: of those who draw, for what has no run.
             sketcher: the generator's or joint training, or the name of what is not trained.
+            cell: whose whole PAIRS folder is measured on.
         """
         needs, judge = [], self.judge
         if not judge:
             config = replace(self.base.retrieval, seed=self.base.seed + JUDGE_SEED)
-            trained = self._train("judge", "retrieval", config, {"pairs": self.pairs})
+            name_of_judge = f"judge-of-fold-{cell.fold}" if cell.fold else "judge"
+            trained = self._train(name_of_judge, "retrieval", config, {"pairs": cell.whole})
             judge = trained.run
             needs.append(trained.name)
         source, temperature = str(sketcher), 0.0
@@ -288,7 +289,7 @@ class Plan:
             Measure(
                 name,
                 judge,
-                **self._where(name),
+                **self._where(name, cell),
                 sketcher=source,
                 temperature=temperature,
                 seed=seed,
@@ -296,9 +297,9 @@ class Plan:
             )
         ).name
 
-    def _where(self, name: str) -> dict[str, Any]:
+    def _where(self, name: str, cell: Cell) -> dict[str, Any]:
         return {
-            "pairs": self.pairs,
+            "pairs": cell.whole,
             "split": self.split,
             "gallery": self.gallery,
             "out": str(self.out / "results" / f"{name}.json"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sbir_ray.data.pairs import Split, read_header
+from sbir_ray.data.pairs import Split, iter_sketches, read_header
 from sbir_ray.data.photos import read_store
 from sbir_ray.errors import UserError
 from sbir_ray.joint_config import JointTraining
@@ -42,8 +42,8 @@ class Request:
     """What is to be studied."""
 
     study: Name
-    pairs: Path
-    """PAIRS folder with all labels."""
+    pairs: tuple[Path, ...]
+    """PAIRS folders with all labels, which the seeds take in turn: one, or folds of one."""
     photos: Path | None = None
     """PHOTOS folder of photos without sketches."""
     config: JointTraining
@@ -68,7 +68,7 @@ class Request:
         or, where they are what is studied, shares of labels are more runs, and change none."""
         return {
             "study": self.study,
-            "pairs": marked(self.pairs, "pairs.json"),
+            "pairs": [marked(pairs, "pairs.json") for pairs in self.pairs],
             "photos": None if self.photos is None else marked(self.photos, "store.json"),
             "labels": None if self.study == "labels" else list(self.labels),
             "split": self.split,
@@ -79,7 +79,8 @@ class Request:
 
     def command(self, out: Path) -> str:
         """The command line that asks for it."""
-        words = ["sbir-ray", "study", self.study, "--pairs", str(self.pairs)]
+        words = ["sbir-ray", "study", self.study]
+        words += [word for pairs in self.pairs for word in ("--pairs", str(pairs))]
         for name in ("photos", "gallery", "judge"):
             value = getattr(self, name)
             words += [] if value is None else [f"--{name}", str(value)]
@@ -158,12 +159,7 @@ def _check(request: Request, plan: Plan) -> None:
         usual = studies.SUPERVISED.name
         if request.against != usual and request.rows and request.against not in request.rows:
             raise UserError(f"--against {request.against}: is not among --rows; add it there")
-    header = read_header(request.pairs)["splits"]
-    if not header[request.split]["sketches"]:
-        raise UserError(
-            f"{request.pairs}: no sketches in {request.split} to measure with; import it with "
-            "--val-every or another split, or choose --split"
-        )
+    _check_pairs(request)
     for folder in (request.photos, request.gallery):
         if folder is not None and next(read_store(folder), None) is None:
             raise UserError(f"{folder}: holds no photo; see its ledger")
@@ -171,6 +167,28 @@ def _check(request: Request, plan: Plan) -> None:
         from sbir_ray.runs import load_retrieval
 
         load_retrieval(request.judge)
+
+
+def _check_pairs(request: Request) -> None:
+    """Refuse folders without queries, and folds that share some."""
+    count = len(request.pairs)
+    if count > 1 and request.study == "generation":
+        raise UserError("study generation: give one --pairs")
+    if request.seeds < count:
+        raise UserError(f"--seeds {request.seeds}: give one for each of {count} --pairs, or more")
+    held: dict[str, Path] = {}
+    for pairs in request.pairs:
+        if not read_header(pairs)["splits"][request.split]["sketches"]:
+            raise UserError(
+                f"{pairs}: no sketches in {request.split} to measure with; import it with "
+                "--val-every or another split, or choose --split"
+            )
+        for row in iter_sketches(pairs, {request.split}):
+            if held.setdefault(row["photo_id"], pairs) != pairs:
+                raise UserError(
+                    f"{pairs}: {request.split} has a photo that {held[row['photo_id']]} has there "
+                    "too; import the folds with --fold 0/N, 1/N, ..."
+                )
 
 
 def room(parallel: int | None, cpus: float, gpu: bool, address: str | None) -> int:
@@ -193,7 +211,8 @@ def room(parallel: int | None, cpus: float, gpu: bool, address: str | None) -> i
 def _cells(request: Request, data: Path, progress: Callable[[str], Progress]) -> list[Cell]:
     first = request.config.seed
     seeds = range(first, first + request.seeds)
-    cells = prepare(data, request.pairs, request.photos, request.labels, seeds, progress)
+    folds = [pairs.resolve() for pairs in request.pairs]
+    cells = prepare(data, folds, request.photos, request.labels, seeds, progress)
     if request.study != "photos":
         return cells
     most = min(cell.photos for cell in cells)
@@ -215,7 +234,6 @@ def _empty_plan(request: Request, out: Path) -> Plan:
     return Plan(
         out,
         request.config,
-        str(request.pairs.resolve()),
         request.split,
         "" if request.gallery is None else str(request.gallery.resolve()),
         "" if request.judge is None else str(request.judge.resolve()),

@@ -208,9 +208,9 @@ def generation(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
     """How well drawings of held-out photos find their photo (Table 1).
 
     Args:
-        cells: one for each seed.
+        cells: one for each seed, all of one PAIRS folder.
     """
-    people = {0: plan.judged(PEOPLE, PEOPLE, 0)}
+    people = {0: plan.judged(PEOPLE, PEOPLE, 0, cells[0])}
     rows = [Row(PEOPLE, "people's sketches (ceiling)", PEOPLE, drawn=people)]
     joint = {cell.seed: plan.variant(JOINT, cell).f for cell in cells}
     alone = {cell.seed: plan.generator(cell, plan.base) for cell in cells}
@@ -218,10 +218,10 @@ def generation(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
         (JOINT.name, "generator after joint training", joint),
         ("generator", "generator on labelled pairs alone", alone),
     ):
-        drawn = {seed: plan.judged(name, run, seed) for seed, run in runs.items()}
+        drawn = {cell.seed: plan.judged(name, runs[cell.seed], cell.seed, cell) for cell in cells}
         rows.append(Row(name, title, name, drawn=drawn, facts=_facts(cells)))
     for name, title in zip(TRACERS, ("contour tracing", "edge maps"), strict=True):
-        rows.append(Row(name, title, name, drawn={0: plan.judged(name, name, 0)}))
+        rows.append(Row(name, title, name, drawn={0: plan.judged(name, name, 0, cells[0])}))
     return rows
 
 
@@ -231,9 +231,9 @@ def _row(
     """The row of a variant; ``judging``: its generators' drawings too."""
     trained = {cell.seed: plan.variant(variant, cell) for cell in cells}
     drawn = {
-        seed: plan.judged(variant.name, one.drawer, seed)
-        for seed, one in trained.items()
-        if judging and one.drawer is not None
+        cell.seed: plan.judged(variant.name, drawer, cell.seed, cell)
+        for cell in cells
+        if judging and (drawer := trained[cell.seed].drawer) is not None
     }
     (updates,) = {one.updates for one in trained.values()}
     return Row(
@@ -241,7 +241,7 @@ def _row(
         variant.title,
         variant.name,
         baseline="" if variant.name == baseline else baseline,
-        found={seed: plan.measure(one.f) for seed, one in trained.items()},
+        found={cell.seed: plan.measure(trained[cell.seed].f, cell) for cell in cells},
         drawn=drawn,
         facts={"updates": updates, **_facts(cells)},
     )

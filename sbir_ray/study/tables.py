@@ -133,8 +133,10 @@ def _setting(values: Mapping[str, Any]) -> str:
     request = values["request"]
     seeds = ", ".join(map(str, request["seeds"]))
     more = " and more photos" if request["gallery"] else ""
-    text = f"Pairs: `{request['pairs'][0]}`, measured on {request['split']}{more}"
-    text += f", {values['searched']} photos searched. Seeds: {seeds}."
+    folders = ", ".join(f"`{folder}`" for folder, _ in request["pairs"])
+    text = f"Pairs: {folders}, measured on {request['split']}{more}"
+    text += f", {values['searched']} photos searched. Seeds: {seeds}"
+    text += ", taking the folders in turn." if len(request["pairs"]) > 1 else "."
     if values["study"] != "labels":
         text += f" Share of labels: {request['labels'][0]:g}."
     (updates, *_) = [row["updates"] for row in values["rows"] if "updates" in row] or [0]

@@ -209,6 +209,8 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
     """Workers of Ray Train, started again as long as they get further before they die."""
     from ray.train import TrainingFailedError
 
+    from sbir_ray.train.groups import give_back_of_the_dead
+
     storage = place(jobs[0].out).resolve() / "ray"
     while True:
         # Of a driver that was killed, too.
@@ -224,6 +226,7 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
                     f"further; see their logs ({_why(error)})"
                 ) from error
         finally:
+            give_back_of_the_dead()
             remove_tree(storage)
     if "error" in answer:
         raise by_name(answer["kind"])(answer["error"])
@@ -253,6 +256,8 @@ def _trainer(
 ) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    from sbir_ray.train.groups import GivesBack
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _register_sigint_handler(self, controller: Any) -> None:
@@ -285,6 +290,7 @@ def _trainer(
             name=uuid.uuid4().hex,
             storage_path=folder,
             storage_filesystem=system,
+            callbacks=[GivesBack()],
             failure_config=FailureConfig(
                 max_failures=_RETRIES,
                 controller_failure_limit=_RETRIES + 1,

@@ -29,6 +29,8 @@ from sbir_ray.tuning.trial import Phase, TrialSpec, steps_of
 RESULT, BEST, SCHEDULE = "tune.json", "best.toml", "schedule"
 LOOKS = 4
 """Parts of a training after each of which trials are compared."""
+_DYING = 5.0
+"""Seconds for what an interrupted trial has started to end after it."""
 
 
 def run_sweep(
@@ -215,6 +217,7 @@ def _search(
     parallel: int,
     progress: Callable[[str], Progress],
 ) -> None:
+    from sbir_ray.train.groups import give_back_of_the_dead
     from sbir_ray.tuning.population import evolve
     from sbir_ray.tuning.search import sweep
 
@@ -242,6 +245,7 @@ def _search(
             **common,
         )
     finally:
+        give_back_of_the_dead(_DYING)
         shutil.rmtree(storage, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from ray.tune.search import Searcher
 
 from sbir_ray.errors import UserError
 from sbir_ray.runlog import Progress
+from sbir_ray.train.groups import give_back_of_the_dead
 from sbir_ray.tuning import request
 from sbir_ray.tuning.records import DEFAULT, FAILURE, METRICS, Trial, Trials
 from sbir_ray.tuning.space import Knob, Space, Value
@@ -34,6 +36,8 @@ TRIAL_CPUS = 0.1
 refused by Ray, and a whole one could keep the workers of all trials waiting for ever."""
 _STARTUP = 5
 """Trials at random before TPE has enough to go by."""
+_GIVE_BACK = 5.0
+"""Seconds between two looks for what dead trials hold, which the next may be waiting for."""
 _TOLD = ("stopped", "failed", "refused")
 """Fates that the progress line counts."""
 _REDUCTION = 2
@@ -301,6 +305,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
     def __init__(self, steps: int, trials: Trials, count: int, bar: Progress) -> None:
         self.steps, self.trials, self.count, self.bar = steps, trials, count, bar
         self.numbers: dict[str, int] = {}
+        self.looked = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Learn its number."""
@@ -338,6 +343,9 @@ class Recorder(tune.Callback):  # type: ignore[misc]
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
         """Say how far all are."""
+        if time.monotonic() > self.looked + _GIVE_BACK:
+            give_back_of_the_dead()
+            self.looked = time.monotonic()
         ended = [trial for trial in self.trials if trial.status != "open"]
         steps = sum(self.steps if t.status != "open" else t.last_step for t in self.trials)
         by = {status: sum(t.status == status for t in ended) for status in _TOLD}

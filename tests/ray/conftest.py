@@ -41,23 +41,11 @@ def bucket(cluster):
     return make_bucket("tests")
 
 
-def check_for_orphans():
-    """No actor and no placement group of the cluster is left behind."""
-    # Errors that were caught may hold actors.
-    gc.collect()
-    assert_no_orphans()
-
-
-@pytest.fixture
-def no_orphans(cluster):
-    """Looks after each test."""
-    yield
-    check_for_orphans()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_orphans_of_the_file():
-    """Looks after the last test of each file."""
+@pytest.fixture(autouse=True)
+def no_orphans():
+    """No actor and no placement group of the cluster is left behind by a test."""
     yield
     if ray.is_initialized():
-        check_for_orphans()
+        # Errors that were caught may hold actors.
+        gc.collect()
+        assert_no_orphans()

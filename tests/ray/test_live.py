@@ -33,8 +33,6 @@ from sbir_ray.train.tasks import generator_jobs
 from tests.tiny import generator_config, retrieval_config, tiny_pairs
 from tests.tiny_store import tiny_store
 
-pytestmark = pytest.mark.usefixtures("no_orphans")
-
 # Workers cannot import this file.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -64,7 +64,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(tmp_path, pairs, cluster):
     photos = tiny_store(tmp_path / "photos", 20)
     request = Request(
         study="ablation",
-        pairs=pairs,
+        pairs=(pairs,),
         photos=photos,
         config=CONFIG,
         labels=(0.5,),
@@ -135,7 +135,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(tmp_path, pairs, cluster):
 def test_a_failed_run_is_told_and_stops_no_other(tmp_path, pairs, cluster):
     config = dataclasses.replace(CONFIG, filters=FilterConfig(min_points=200, max_points=300))
     request = Request(
-        study="photos", pairs=pairs, config=config, labels=(0.5,), seeds=1, counts=(0, 3)
+        study="photos", pairs=(pairs,), config=config, labels=(0.5,), seeds=1, counts=(0, 3)
     )
     out = tmp_path / "study"
     found = run(request, out)

@@ -15,8 +15,6 @@ from tests.interrupted import interrupted
 from tests.tiny import joint_config, tiny_pairs
 from tests.tiny_store import tiny_store
 
-pytestmark = pytest.mark.usefixtures("no_orphans")
-
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):

@@ -23,8 +23,6 @@ from tests.faults.kit import DRAWS, TRAINS, assert_ledger, killing
 from tests.tiny import joint_config, retrieval_config, tiny_pairs
 from tests.tiny_store import tiny_store
 
-pytestmark = pytest.mark.usefixtures("no_orphans")
-
 # Workers cannot import this file.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -25,7 +25,7 @@ from sbir_ray.joint_config import JointTraining, PolicyConfig, ScheduleConfig
 from sbir_ray.runlog import Progress
 from sbir_ray.strict import load, to_dict, to_toml
 from sbir_ray.study import studies
-from sbir_ray.study.data import Cell, part_of_pool
+from sbir_ray.study.data import Cell, part_of_pool, prepare
 from sbir_ray.study.intervals import Found
 from sbir_ray.study.plan import Plan, retrieval_alone, updates
 from sbir_ray.study.run import Request, run_study
@@ -43,11 +43,11 @@ ALL_JOINT += ["no-policy", "policy-soft", "policy-both"]
 
 
 def cells(seeds=(0,), labels=0.4, pool="pool", photos=60):
-    return [Cell(labels, seed, f"pairs-{seed}", pool, photos) for seed in seeds]
+    return [Cell(labels, seed, f"pairs-{seed}", "pairs", pool, photos) for seed in seeds]
 
 
 def plan_of(tmp_path, base=BASE, **changes):
-    return Plan(tmp_path, base, "pairs", "val", **changes)
+    return Plan(tmp_path, base, "val", **changes)
 
 
 def trainings(plan):
@@ -321,7 +321,7 @@ def test_what_a_study_cannot_keep_is_refused(tmp_path):
 
 def test_parts_of_a_pool_are_nested_and_whole(tmp_path):
     pool = tiny_store(tmp_path / "pool", 12)
-    cell = Cell(0.4, 3, "pairs", str(pool), 12)
+    cell = Cell(0.4, 3, "labelled", "pairs", str(pool), 12)
     rows = {row["photo_id"]: row for row in read_store(pool)}
     order = sorted(rows, key=lambda photo: hash_of(3, photo))
     for count in (5, 9):
@@ -340,6 +340,41 @@ def test_parts_of_a_pool_are_nested_and_whole(tmp_path):
     assert part_of_pool(tmp_path / "data", cell, 0).pool == ""
     with pytest.raises(UserError, match="--counts 13: only 12 photos are without a sketch"):
         part_of_pool(tmp_path / "data", cell, 13)
+
+
+# --------------------------------------------------------------------------- folds
+
+
+def test_each_seed_is_measured_on_its_fold(tmp_path):
+    folds = [tiny_pairs(tmp_path / f"fold-{k}", train=4, val=2, test=1) for k in range(2)]
+    found = prepare(tmp_path / "data", folds, None, [1.0], [5, 6, 7], Progress)
+    assert [(cell.seed, cell.fold, cell.whole) for cell in found] == [
+        (5, 0, str(folds[0])),
+        (6, 1, str(folds[1])),
+        (7, 0, str(folds[0])),
+    ]
+    assert all(cell.pairs == cell.whole for cell in found)
+    plan = plan_of(tmp_path)
+    (row,) = studies.ablation(plan, found, ["supervised"])
+    where = {seed: plan.work[name].pairs for seed, name in row.found.items()}
+    assert where == {5: str(folds[0]), 6: str(folds[1]), 7: str(folds[0])}
+    judging = [plan.judged(f"by-{cell.seed}", "edges", 0, cell) for cell in found]
+    needs = [plan.work[name].needs for name in judging]
+    assert needs == [("judge",), ("judge-of-fold-1",), ("judge",)]
+
+
+def test_folds_that_share_queries_are_refused(tmp_path):
+    folds = tuple(tiny_pairs(tmp_path / f"fold-{k}", train=4, val=2, test=1) for k in range(2))
+    request = Request(study="labels", pairs=folds, config=BASE)
+    for changes, message in (
+        ({}, r"fold-1: val has a photo that .*fold-0 has there too"),
+        ({"seeds": 1}, "--seeds 1: give one for each of 2 --pairs, or more"),
+        ({"study": "generation"}, "study generation: give one --pairs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_study(
+                dataclasses.replace(request, **changes), tmp_path / "study", progress=Progress
+            )
 
 
 # --------------------------------------------------------------------------- what is done
@@ -420,7 +455,7 @@ def test_what_a_user_can_mend_is_told_before_anything_begins(
 
 def test_a_split_without_sketches_is_refused(tmp_path):
     pairs = tiny_pairs(tmp_path / "pairs", train=4, val=0)
-    request = Request(study="ablation", pairs=pairs, config=BASE)
+    request = Request(study="ablation", pairs=(pairs,), config=BASE)
     with pytest.raises(UserError, match="no sketches in val to measure with"):
         run_study(request, tmp_path / "study", progress=Progress)
 
@@ -429,7 +464,7 @@ def test_the_command_of_a_study_asks_for_it_again(tmp_path):
     config = dataclasses.replace(BASE, seed=3)
     request = Request(
         study="ablation",
-        pairs=tmp_path / "my pairs",
+        pairs=(tmp_path / "my pairs",),
         config=config,
         labels=(0.25,),
         rows=("full", "edges"),

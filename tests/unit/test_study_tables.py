@@ -104,18 +104,40 @@ def test_the_luck_of_a_run_is_as_wide_as_its_standard_error(count):
     photos = [f"p{i}" for i in range(8) for _ in range(10)]
     right = np.linspace(2, 8, count).astype(int)
     runs = [Found(photos, ([1] * n + [9] * (10 - n)) * 8, 80) for n in right]
-    found = list(intervals._resampled(np.stack([np.array(r.ranks) == 1 for r in runs]), photos))
+    found = list(intervals._resampled([(r.photos, np.array(r.ranks) == 1.0) for r in runs]))
     shares = right / 10
     assert np.std(np.concatenate(found)) == pytest.approx(
         np.std(shares, ddof=1) / count**0.5, rel=0.06
     )
 
 
+def test_folds_are_resampled_by_themselves_and_count_alike():
+    """Two runs of each of two folds, the second fold of half as many photos."""
+    folds = [runs_of(4, count=2), runs_of(5, count=2, photos=12)]
+    runs = [run for fold in folds for run in fold]
+    found = intervals.accuracy(runs)["acc@1"]
+    assert found.mean == pytest.approx(np.mean([intervals.shares(run)["acc@1"] for run in runs]))
+    rng = np.random.default_rng(7)
+    values = []
+    for _ in range(4000):
+        means = []
+        for fold in folds:
+            owners = np.array(fold[0].photos)
+            drawn = rng.choice(np.unique(owners), len(np.unique(owners)))
+            queries = np.concatenate([np.flatnonzero(owners == photo) for photo in drawn])
+            means += [np.mean(np.array(run.ranks)[queries] == 1) for run in fold]
+        chosen = np.mean([means[i] for i in rng.integers(4, size=4)])
+        values.append(np.mean(means) + (4 / 3) ** 0.5 * (chosen - np.mean(means)))
+    low, high = np.clip(np.percentile(values, [2.5, 97.5]), 0, 1)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.02)
+
+
 def test_runs_of_other_queries_are_not_compared():
     (run,) = runs_of(2, count=1)
-    for odd in ([], [run, dataclasses.replace(run, photos=run.photos[::-1])]):
-        with pytest.raises(ValueError, match=r"no runs|same queries"):
-            intervals.accuracy(odd)
+    with pytest.raises(ValueError, match="no runs"):
+        intervals.accuracy([])
+    with pytest.raises(ValueError, match="same queries"):
+        intervals.difference([run], [dataclasses.replace(run, photos=run.photos[::-1])])
     with pytest.raises(ValueError, match="2 runs and 1"):
         intervals.difference([run, run], [run])
 
@@ -195,7 +217,7 @@ def values_of(lines, study="ablation"):
     return {
         "study": study,
         "request": {
-            "pairs": ["pairs", "0"],
+            "pairs": [["pairs", "0"]],
             "split": "val",
             "gallery": None,
             "seeds": [0, 1],
