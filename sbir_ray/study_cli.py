@@ -193,7 +193,7 @@ def labels(**options: Any) -> None:
     share of 1 the photos without sketches are those of --photos. The same command with another
     --against compares anew at once. With folds every photo is measured on, by one seed or more.
 
-    Examples: sbir-ray study labels --pairs chairs --photos photos --labels 0.1,0.2 --rows
+    Example: sbir-ray study labels --pairs chairs --photos photos --labels 0.1,0.2 --rows
     supervised,negatives,contours,mixed --against negatives --out studies/labels
 
     sbir-ray study labels --pairs chairs-0 --pairs chairs-1 --pairs chairs-2 --seeds 3 --photos

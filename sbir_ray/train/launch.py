@@ -212,6 +212,7 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
     from sbir_ray.train.groups import give_back_of_the_dead
 
     storage = place(jobs[0].out).resolve() / "ray"
+    vain = 0
     while True:
         # Of a driver that was killed, too.
         remove_tree(storage)
@@ -220,7 +221,8 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
             answer = _trainer(jobs, group, shards, storage).fit().return_value
             break
         except TrainingFailedError as error:
-            if _reached(jobs) == before:
+            vain = vain + 1 if _reached(jobs) == before else 0
+            if vain > (_RETRIES if _died_at_its_start(error) else 0):
                 raise SbirError(
                     f"{jobs[0].out}: the workers died {_RETRIES + 1} times without getting "
                     f"further; see their logs ({_why(error)})"
@@ -232,6 +234,16 @@ def _with_ray(jobs: Sequence[Job], group: _Group, shards: Sequence[Shard]) -> li
         raise by_name(answer["kind"])(answer["error"])
     results: list[dict[str, Any]] = answer["results"]
     return results
+
+
+def _died_at_its_start(error: TrainingFailedError) -> bool:
+    """Whether a worker was lost just when it was given its work, which Ray does not try again."""
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError
+
+    return isinstance(error, ControllerError) and isinstance(
+        error.controller_failure, RayActorError
+    )
 
 
 def _why(error: TrainingFailedError) -> str:

@@ -68,6 +68,7 @@ def test_no_test_photo_and_no_hidden_sketch_reached_the_training(finished):
     assert header["generator_config"]["generator"] == generator["config"]["model"]
 
 
+@pytest.mark.slow
 def test_the_same_command_again_has_nothing_to_do(finished):
     out, result, _, command = finished
     before = {f: f.stat().st_mtime_ns for f in (out / "runs").rglob("*.safetensors")}

@@ -18,18 +18,20 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class Deadly(WorkerGroupCallback):
-    """Kills a worker of the first two groups while they are set up."""
+    """Kills a worker of the first group while that is set up, and one of the second when it is."""
 
     def __init__(self, log):
         self.log = log
 
     def after_worker_group_start(self, worker_group):
-        if len(self.log.read_text()) < 2:
-            with self.log.open("a") as stream:
-                stream.write("x")
+        killed = len(self.log.read_text())
+        if killed < 2:
+            self.log.write_text("x" * (killed + 1))
             worker = worker_group.get_workers()[0].actor
             ray.kill(worker)
-            ray.get(worker.get_metadata.remote())
+            while killed == 0:
+                # Until it fails, as the rest of the setting up would.
+                ray.get(worker.get_metadata.remote())
 
 
 def test_workers_that_die_while_they_start_leave_nothing_that_the_next_would_wait_for(
@@ -47,8 +49,8 @@ def test_workers_that_die_while_they_start_leave_nothing_that_the_next_would_wai
     monkeypatch.setattr(launch, "_trainer", deadly)
     pairs = str(tiny_pairs(tmp_path / "pairs"))
     job = Job("retrieval", str(tmp_path / "run"), retrieval_config(), {"pairs": pairs})
-    # Two such starts would hold all four CPUs.
-    launch.train([job], workers=2, cpus_per_worker=1.0)
+    # Such a start holds all four CPUs.
+    launch.train([job], workers=2, cpus_per_worker=2.0)
     assert log.read_text() == "xx"
     assert checkpoint.load(tmp_path / "run").step == job.config.optim.steps
 

@@ -266,6 +266,7 @@ def test_every_row_has_one_fate_although_processes_die_and_photos_fail(fake, sto
     assert len(list(tmp_path.glob("[0-9]*"))) == 4
 
 
+@pytest.mark.slow
 def test_a_learner_that_takes_all_and_one_that_dies_leave_the_others_enough(fake):
     with LiveStream(fake(), rows_per_step=2, world=2) as stream:
         greedy, modest = stream.shards

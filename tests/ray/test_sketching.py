@@ -262,6 +262,7 @@ def test_a_teacher_leaves_out_drawings_whose_photo_it_ranks_behind(tmp_path, sto
     assert rows_of(tmp_path / "two") == rows
 
 
+@pytest.mark.slow
 def test_what_was_ranked_by_another_teacher_is_drawn_again(tmp_path, store, teachers):
     out, config = tmp_path / "out", SketchConfig(batch_size=4, filters=FilterConfig(max_rank=9))
     how = {"config": config, "actors": (1, 1)}
