@@ -305,7 +305,9 @@ def _report(out: Path, plan: Plan, stages: _Stages) -> dict[str, Any]:
         for name, e in found.items()
         if name != "supervised"
     }
-    pseudo = pseudo_sections(out / "pseudo-generator", size, str(out / "runs" / "supervised"))
+    pseudo = pseudo_sections(
+        {out / "pseudo-generator": None}, size, str(out / "runs" / "supervised")
+    )
     store = out / "photos" / "store.json"
     photos = Ledger.from_json("photos", json.loads(store.read_text())["ledger"], str(store))
     pseudo["ledgers"] = [photos, *pseudo["ledgers"]]

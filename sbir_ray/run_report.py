@@ -22,6 +22,7 @@ from sbir_ray.runs import DISCRIMINATOR, JOINT, read_run, retrieval_config
 from sbir_ray.stream import pseudo_store
 from sbir_ray.stream.pseudo_store import PseudoSet
 from sbir_ray.strict import from_dict
+from sbir_ray.train.job import pseudo_folders
 from sbir_ray.train.thresholds import choice_for
 
 Lines = Sequence[Mapping[str, Any]]
@@ -122,12 +123,12 @@ def run_report(run: Path) -> ReportData:
     if record["kind"] in ("retrieval", JOINT):
         size = retrieval_config(record, run).image_size
         data = replace(data, queries=_queries(run, size))
-        folder = record["inputs"].get("pseudo")
-        if folder and place(folder).exists():
+        folders = [place(folder) for folder in pseudo_folders(record["inputs"])]
+        if folders and all(folder.exists() for folder in folders):
             teacher = record["inputs"].get("teacher")
             training = from_dict(RetrievalTraining, record["config"], str(run))
-            choice = choice_for(place(folder), training)
-            data = replace(data, **pseudo_sections(place(folder), size, teacher, choice))
+            chosen = {folder: choice_for(folder, training) for folder in folders}
+            data = replace(data, **pseudo_sections(chosen, size, teacher))
     return data
 
 
@@ -349,20 +350,24 @@ def joint_sections(run: Path, log: Lines, max_staleness: int) -> dict[str, Any]:
 
 
 def pseudo_sections(
-    folder: Path, size: int, teacher: str | None, choice: ChoiceConfig | None = None
+    folders: Mapping[Path, ChoiceConfig | None], size: int, teacher: str | None
 ) -> dict[str, Any]:
-    """The gallery, the account and, by a teacher's run, the deciles of a PSEUDO folder, as fields
-    of :class:`sbir_ray.report.ReportData`.
+    """The gallery and, by a teacher's run, the deciles of all pairs of some PSEUDO folders, and the
+    account of each folder, as fields of :class:`sbir_ray.report.ReportData`.
 
     Args:
+        folders: with which drawings are pairs; None: by the folder's own choice.
         size: side of the photos, pixels; the teacher's own.
-        choice: which drawings are pairs, in place of the folder's choice.
     """
-    header = pseudo_store.read_header(folder)
-    pseudo = PseudoSet.load(folder, size, choice=choice)
-    ledger = pseudo_store.account(folder, header, choice)
+    headers = {folder: pseudo_store.read_header(folder) for folder in folders}
+    pseudo = PseudoSet.join(
+        [PseudoSet.load(folder, size, choice=choice) for folder, choice in folders.items()]
+    )
     fields: dict[str, Any] = {
-        "ledgers": [ledger],
+        "ledgers": [
+            pseudo_store.account(folder, headers[folder], choice)
+            for folder, choice in folders.items()
+        ],
         "pseudo": report.PseudoGallery(
             examples=[
                 report.PseudoExample(
@@ -373,7 +378,7 @@ def pseudo_sections(
                 for i in pick_evenly(pseudo.certainty)
             ],
             total=len(pseudo.sketches),
-            sketcher=header["sketcher"],
+            sketcher=" and ".join(dict.fromkeys(header["sketcher"] for header in headers.values())),
         ),
     }
     if teacher is not None and place(teacher).exists():

@@ -323,7 +323,7 @@ class PseudoSet:
         index = {name: number for number, name in enumerate(ids)}
         return cls(
             photo_ids=ids,
-            photos=np.stack([where[name] for name in ids]),
+            photos=np.stack([where[name] for name in ids]) if ids else sets[0].photos,
             sketches=[sketch for one in sets for sketch in one.sketches],
             photo_of=np.array(
                 [index[one.photo_ids[i]] for one in sets for i in one.photo_of], np.int64

@@ -241,7 +241,12 @@ def test_the_slurm_script_starts_the_nodes_asks_the_doctor_and_passes_the_exit_c
     assert all("--address=10.0.0.1:20007" in line for line in started[1:])
     (doctor,) = (line for line in lines if " doctor " in line)
     asked = request(read_command(cli, tuple(shlex.split(doctor)[2:]), SubmitConfig()))
-    assert fits(CLUSTERS["slurm"](), asked)
-    assert asked.gpus == 6
+    nodes = [
+        Node(int(cpus), int(gpus), frozenset({custom}))
+        for line in started
+        for cpus, gpus, custom in re.findall(r"=(\d+) --num-gpus=(\d+) .*{\"(\w+)\": 1}", line)
+    ]
+    assert sorted(nodes, key=repr) == sorted(CLUSTERS["slurm"](), key=repr)
+    assert check_resources(nodes, asked).text.endswith("fit into 48 CPU, 6 GPU on 6 node(s)")
     assert lines.index(doctor) < lines.index("here 10.0.0.1:20007 train joint --out /shared/a b")
     assert not list(tmp_path.glob(".sbir-ray-token*"))

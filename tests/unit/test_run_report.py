@@ -26,6 +26,7 @@ from sbir_ray.report import headline, render
 from sbir_ray.strict import to_dict
 from tests.joint_run import LEDGER, POOL, leave_exhibits, log_steps, make_joint_run, write
 from tests.tiny import tiny_pairs
+from tests.tiny_pseudo import pseudo_row, tiny_pseudo
 
 
 def metrics(share: float = 0.4, gallery: int = 30) -> Metrics:
@@ -120,6 +121,18 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path: Path, name: str, text: str) 
 
 
 # --------------------------------------------------------------------------- G and D
+
+
+def test_pairs_of_several_folders_are_shown_together_and_counted_each_by_itself(tmp_path):
+    drawn = tiny_pseudo(tmp_path / "a", [pseudo_row(0), pseudo_row(1, reason="rank")])
+    traced = tiny_pseudo(tmp_path / "b", [pseudo_row(1), pseudo_row(2)], sketcher="contours")
+    empty = tiny_pseudo(tmp_path / "c", [pseudo_row(3, reason="rank")])
+    fields = run_report.pseudo_sections({drawn: None, traced: None, empty: None}, 64, None)
+    assert fields["pseudo"].total == 3
+    assert fields["pseudo"].sketcher == "generator and contours"
+    assert [ledger.count("kept") for ledger in fields["ledgers"]] == [1, 2, 0]
+    nothing = run_report.pseudo_sections({empty: None}, 64, None)
+    assert (nothing["pseudo"].total, nothing["pseudo"].examples) == (0, [])
 
 
 def test_a_generator_s_report_shows_how_it_and_its_discriminator_learnt(tmp_path: Path) -> None:
