@@ -18,6 +18,7 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,21 @@ def configs(size: str, steps: int) -> tuple[RetrievalTraining, GeneratorTraining
     save = SaveConfig(log_every=1, checkpoint_every=10**6)
     if size == "tiny":
         return retrieval_config(steps=steps, save=save), generator_config(steps=1)
-    plain = RetrievalTraining()
-    model = json.loads(json.dumps(vars(plain.model)))
-    retrieval = RetrievalTraining(
-        model=type(plain.model)(**{**model, "weights": "none"}),
+    plain, drawing = RetrievalTraining(), GeneratorTraining()
+    retrieval = replace(
+        plain,
+        model=replace(plain.model, weights="none"),
         optim=OptimConfig(steps=steps),
         save=save,
     )
-    base = GeneratorTraining()
-    sizes = type(base.model)(**{**vars(base.model), "weights": "none"})
-    critic = type(base.discriminator)(**{**vars(base.discriminator), "steps": 1})
-    return retrieval, GeneratorTraining(
-        model=sizes, discriminator=critic, optim=OptimConfig(steps=1), save=save
+    generator = replace(
+        drawing,
+        model=replace(drawing.model, weights="none"),
+        discriminator=replace(drawing.discriminator, steps=1),
+        optim=OptimConfig(steps=1),
+        save=save,
     )
+    return retrieval, generator
 
 
 def training_rate(run: Path, config: RetrievalTraining, inputs: dict[str, str], n: int) -> float:
