@@ -10,7 +10,7 @@ makes rows of them. Goal, where the actors have capacity: at most 5%.
 
 ``workers``: the same training by two Ray Train workers and by two processes of torchrun, in turns,
 one thread each, both drawing for themselves. Steps a second of Ray over those of torchrun. Goal: at
-least 0.95.
+least 0.95. On two cores, ``--workers 1`` leaves one to Ray's own processes.
 
 ``publish``: training that publishes after every step. The time that it costs the worker, beside
 that of a step, and the time until an actor draws with the weights.
@@ -251,9 +251,9 @@ def workers(options: argparse.Namespace, root: Path) -> None:
         for name in ("Ray", "torchrun")[:: 1 if number % 2 == 0 else -1]:
             one = dataclasses.replace(job, out=str(root / f"{name}-{number}"))
             if name == "Ray":
-                train([one], workers=2, cpus_per_worker=1.0)
+                train([one], workers=options.workers, cpus_per_worker=1.0)
             else:
-                with_torchrun(one, 2)
+                with_torchrun(one, options.workers)
             rates[name] = Steps.of_run(Path(one.out), skip).rate
         ratios.append(rates["Ray"] / rates["torchrun"])
         print(
@@ -372,6 +372,7 @@ def main() -> None:
         add("--skip-turns", type=int, default=2, help="turns of F or G at the start not to count")
         if run is workers:
             add("--rounds", type=int, default=3, help="runs of each")
+            add("--workers", type=int, default=2, help="processes of each")
         else:
             add("--actors", type=int, default=1, help="that draw, one CPU each")
         add(
