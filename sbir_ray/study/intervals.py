@@ -23,11 +23,14 @@ NAMES = tuple(f"acc@{k}" for k in PLACES)
 METHOD = (
     "Intervals: 95%, percentile bootstrap over training runs (seeds) and test photos at once; the "
     "runs' deviations are widened by sqrt(S / (S - 1)), S runs, since so few resample too "
-    "narrowly. With one run they cover the choice of photos alone. Runs that were measured on "
-    "other photos (folds) count alike, and what the photos differ counts twice: as photos and as "
-    "runs."
+    "narrowly. With one run they cover the choice of photos alone."
 )
 """How the intervals come about, for people."""
+FOLDS = (
+    "Runs that were measured on other photos (folds) count alike, and what the photos differ "
+    "counts twice, as photos and as runs: the intervals are on the wide side."
+)
+"""The same, where there are folds."""
 _BLOCK = 1 << 22
 """Numbers held at once."""
 

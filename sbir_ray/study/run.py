@@ -21,7 +21,7 @@ from sbir_ray.study import studies
 from sbir_ray.study.claim import claimed
 from sbir_ray.study.data import Cell, part_of_pool, prepare
 from sbir_ray.study.execute import execute
-from sbir_ray.study.intervals import METHOD, chance
+from sbir_ray.study.intervals import FOLDS, METHOD, chance
 from sbir_ray.study.plan import Plan, Row, Variant
 from sbir_ray.study.tables import CHANCE, markdown, numbers, plot
 from sbir_ray.study.work import Measure
@@ -273,7 +273,7 @@ def _write(
         },
         "rows": lines,
         "searched": gallery,
-        "intervals": METHOD,
+        "intervals": f"{METHOD} {FOLDS}" if len(request.pairs) > 1 else METHOD,
         "failed": failed,
         "command": request.command(out),
         "versions": versions(),

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sbir_ray.plots import DASHES
-from sbir_ray.study.intervals import METHOD, NAMES, Found, accuracy, difference, shares
+from sbir_ray.study.intervals import NAMES, Found, accuracy, difference, shares
 from sbir_ray.study.plan import Row
 
 CHANCE = "chance"
@@ -118,7 +118,7 @@ def markdown(study: str, values: Mapping[str, Any]) -> str:
         "| " + " | ".join("---" for _ in heads) + " |",
         *("| " + " | ".join(_safe(cell) for cell in row) + " |" for row in cells),
         "",
-        f"Accuracies in per cent. {METHOD}",
+        f"Accuracies in per cent. {values['intervals']}",
         *([] if study == "generation" else ["", _DIFFERENCE]),
         *(["", _JUDGED] if any("drawings" in row for row in rows) else []),
         "",

@@ -225,6 +225,7 @@ def values_of(lines, study="ablation"):
         },
         "rows": lines,
         "searched": 12,
+        "intervals": intervals.METHOD,
         "command": "sbir-ray study ablation",
         "versions": {"torch": "2"},
     }
