@@ -369,7 +369,7 @@ def sketch(
     "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True
 )
 @click.option("--gallery", type=FOLDER, help="PHOTOS folder whose photos are searched as well.")
-@click.option("--mirror", is_flag=True, help="Average with the mirrored sketch and photo.")
+@click.option("--mirror", is_flag=True, help="Compare the mirror images too; the mean counts.")
 @click.option("--per-query", is_flag=True, help="Add every query's rank and nearest photos.")
 @click.option("--gpu", is_flag=True)
 @with_json

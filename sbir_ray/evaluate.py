@@ -392,7 +392,7 @@ def evaluate_retrieval(
         batch: photos or sketches embedded at a time.
         extra_gallery: batches (photo ids, uint8 (B, 3, S, S)) of further photos to search, which
             make it harder; a photo that the gallery has already is left out.
-        mirror: embed the mirror image too, on both sides, and use the mean.
+        mirror: compare the mirror images too; a similarity is the mean of both.
 
     Raises:
         ValueError: the model's embeddings are not finite.
@@ -403,8 +403,8 @@ def evaluate_retrieval(
         inputs = torch.from_numpy(np.ascontiguousarray(rows)).to(device)
         vectors = network(inputs).float()
         if mirror:
-            both = vectors + network(inputs.flip(-1)).float()
-            vectors = torch.nn.functional.normalize(both, dim=1)
+            # Beside each other: in a sum, what looks left would be like what looks right.
+            vectors = torch.cat([vectors, network(inputs.flip(-1)).float()], dim=1) / 2**0.5
         return np.asarray(vectors.cpu().numpy(), dtype=np.float32)
 
     ids = list(pairs.photo_ids)
