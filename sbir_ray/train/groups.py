@@ -37,19 +37,31 @@ def give_back_of_the_dead(patience: float = 0.0) -> None:
     """Remove the placement groups of this driver whose makers, actors, are dead.
 
     Args:
-        patience: seconds to wait for those whose makers are still dying.
+        patience: seconds to wait for makers that are still dying, and for controllers, which may
+            make one yet.
     """
     end = time.monotonic() + patience
     while True:
-        waiting = False
+        living = _living()
+        waiting = "TrainController" in living.values()
         for group in _groups():
-            if group.creator_actor_dead:
+            # Ray's own mark is missing where the group came after its maker's death was noticed.
+            if group.creator_actor_dead or group.creator_actor_id.hex() not in living:
                 _remove(group)
             else:
                 waiting = True
         if not waiting or time.monotonic() >= end:
             return
         time.sleep(0.2)
+
+
+def _living() -> dict[str, str]:
+    """The classes of the actors of this driver that are not dead, by their ids."""
+    job = ray.JobID(bytes.fromhex(ray.get_runtime_context().get_job_id()))
+    found = cast(Any, ray)._private.state.state.actor_table(None, job_id=job)
+    return {
+        name: actor["ActorClassName"] for name, actor in found.items() if actor["State"] != "DEAD"
+    }
 
 
 def _give_back_own() -> None:

@@ -38,10 +38,14 @@ def assert_no_orphans(seconds: float = 30.0) -> None:
 
 def _left() -> list[str]:
     address = ray.get_runtime_context().gcs_address
-    groups = list_placement_groups(address, limit=1000)
+    groups = list_placement_groups(address, limit=1000, detail=True)
     return [
         *(a.class_name for a in alive("") if not a.is_detached),
-        *(g.placement_group_id for g in groups if g.state != "REMOVED"),
+        *(
+            f"{g.placement_group_id} {g.state} {[b['unit_resources'] for b in g.bundles]}"
+            for g in groups
+            if g.state != "REMOVED"
+        ),
     ]
 
 

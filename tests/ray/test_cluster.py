@@ -48,6 +48,7 @@ def test_a_ray_that_is_up_is_used_and_left_up(cluster):
     assert cluster.is_initialized()
 
 
+@pytest.mark.slow
 def test_without_an_address_no_ray_of_this_machine_is_taken(cluster):
     """Though Ray finds one: it notes the newest there is in its folder."""
     text = "import ray; from sbir_ray.stream.cluster import connect\nwith connect(): "

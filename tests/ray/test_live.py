@@ -201,7 +201,7 @@ def test_rows_are_what_the_newest_weights_draw_of_the_right_photos(store, runs, 
         assert_same(row, *direct.draw([row.ticket], [photo.photo_id], [photo.photos], [row.seed]))
 
 
-@pytest.mark.parametrize("slow", ["learner", "generators"])
+@pytest.mark.parametrize("slow", ["learner", pytest.param("generators", marks=pytest.mark.slow)])
 def test_a_row_is_only_so_old_whoever_is_slow(fake, slow):
     spec = fake(seconds=0.2 if slow == "generators" else 0.0)
     staleness = []

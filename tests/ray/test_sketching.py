@@ -224,6 +224,7 @@ def teachers(tmp_path_factory):
     return runs
 
 
+@pytest.mark.slow
 def test_a_teacher_leaves_out_drawings_whose_photo_it_ranks_behind(tmp_path, store, teachers):
     config = SketchConfig(batch_size=2, filters=FilterConfig(min_certainty=0.2, max_rank=9))
     by, teacher = FakeSpec(), teachers[0]

@@ -69,6 +69,7 @@ def test_two_workers_train_on_what_actors_draw_with_newer_and_newer_weights(
     assert checkpoint.load(run).step == 9
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_counts_in_this_process(tmp_path, inputs, cluster):
     config = joint_config(
         filters=FilterConfig(min_points=1),

@@ -146,6 +146,18 @@ def gone_on(data, out):
     return found
 
 
+def test_a_sweep_leaves_what_train_takes(data, tmp_path, cluster):
+    out = tmp_path / "sweep"
+    found = run_sweep(request_of(data), Effort(trials=2, seeds=0, parallel=2), out, progress=quiet)
+    assert found["trials"][0]["status"] == "done"
+    assert found["confirmed"]["status"] in ("skipped", "default")
+    assert (out / "report.html").stat().st_size > 10_000
+    best = load(request_of(data).space.training, out / "best.toml")
+    assert best.loss.pseudo_weight == found["best"]["knobs"].get("loss.pseudo_weight", 1.0)
+    assert not (out / "ray").exists()
+
+
+@pytest.mark.slow
 def test_an_ended_sweep_goes_on_and_trains_no_finished_trial_again(data, tmp_path, cluster):
     out = tmp_path / "sweep"
     effort = Effort(trials=3, seeds=1, parallel=2, retries=1)
