@@ -193,6 +193,8 @@ def _start(num_cpus: int) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Worker processes stay for the next stage: starting one costs seconds.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
+    # Else 15: Ray's own processes, and all others of the machine, would go before those that work.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray Data's own pools draw an error line from Ray's core on every start, harmless by its text.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     _own_token()
@@ -201,6 +203,8 @@ def _start(num_cpus: int) -> None:
         ray.init(
             address="local",
             num_cpus=num_cpus,
+            # Ten processes more, whose address nobody would be told.
+            include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

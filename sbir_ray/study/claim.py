@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sbir_ray.errors import UserError
-from sbir_ray.places import is_local
-from sbir_ray.runlog import write_json_atomic
+from sbir_ray.places import write_bytes
+from sbir_ray.runlog import locked, write_json_atomic
 from sbir_ray.strict import SCHEMA_VERSION, check_schema
 
 _REQUEST = "request.json"
@@ -21,7 +20,8 @@ _REQUEST = "request.json"
 def claimed(
     out: Path, what: str, identity: Mapping[str, Any], files: Mapping[str, str]
 ) -> Iterator[None]:
-    """``out`` for this process alone, made when it is not there.
+    """``out`` for this process alone, made when it is not there; an object store has no locks, and
+    there nothing is refused for another process's sake.
 
     Args:
         what: is done there ("study").
@@ -29,20 +29,9 @@ def claimed(
         files: written beside it at the first time, text by name.
 
     Raises:
-        UserError: another process has it, it holds something else or another request's work, or it
-            is in an object store.
+        UserError: another process has it, or it holds something else or another request's work.
     """
-    if not is_local(out):
-        raise UserError(
-            f"{out}: a {what} is written by locks and renames, which object stores lack; choose an "
-            "--out in a file system that all nodes share"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{out}: another {what} is writing it; wait for it") from error
+    with locked(out):
         plain = json.loads(json.dumps(identity))
         file = out / _REQUEST
         if file.exists():
@@ -56,14 +45,16 @@ def claimed(
                     f"{out}: holds a {what} with another {', '.join(other[:5])}; choose another "
                     "--out, or repeat its request to go on with it"
                 )
-        elif any(e.name != "lock" and not e.name.startswith(".") for e in out.iterdir()):
+        elif out.exists() and any(
+            e.name != "lock" and not e.name.startswith(".") for e in out.iterdir()
+        ):
             raise UserError(f"{out}: is not empty and holds no {what}; choose another --out")
         else:
             head = {"schema_version": SCHEMA_VERSION, "kind": f"{what}-request"}
             write_json_atomic(file, {**head, "identity": plain})
         for name, text in files.items():
             if not (out / name).exists():
-                (out / name).write_text(text)
+                write_bytes(out / name, text.encode())
         yield
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sbir_ray.data.atomic import new_folder
 from sbir_ray.data.pairs import hash_of, iter_photos, iter_sketches, split_labels
 from sbir_ray.data.photos import PHOTO_SCHEMA, PhotoRow, read_store
 from sbir_ray.errors import UserError
+from sbir_ray.places import place, read_table, write_table
 from sbir_ray.runlog import Ledger, Progress, versions, write_json_atomic
 from sbir_ray.strict import SCHEMA_VERSION
 
@@ -82,15 +82,15 @@ def prepare(
         drawn = {row["photo_id"] for row in iter_sketches(pairs, {"train"})}
         undrawn = any(row["photo_id"] not in drawn for row in iter_photos(pairs, {"train"}))
         everything = out / _of_fold("photos", fold)
-        if not everything.exists() and (photos is not None or hiding or undrawn):
+        if not _made(everything) and (photos is not None or hiding or undrawn):
             from sbir_ray.stream.ingest import ingest
 
             sources = [pairs, *([photos] if photos is not None else [])]
             ingest(sources, everything, exclude=[pairs], progress=progress)
     return [
-        _cell(out, folds, place % len(folds), share, seed)
+        _cell(out, folds, turn % len(folds), share, seed)
         for share in shares
-        for place, seed in enumerate(seeds)
+        for turn, seed in enumerate(seeds)
     ]
 
 
@@ -104,11 +104,11 @@ def _cell(out: Path, folds: Sequence[Path], fold: int, share: float, seed: int) 
     labelled = pairs
     if share < 1:
         labelled = folder / "pairs" / "labelled"
-        if not labelled.exists():
+        if not (labelled / "pairs.json").exists():
             split_labels(pairs, share, seed, folder / "pairs")
     ids: set[str] = set()
     pool = folder / "photos" if share < 1 else folder.parent / _of_fold("photos", fold)
-    if everything.exists():
+    if _made(everything):
         ids = _ids(everything) - {row["photo_id"] for row in iter_sketches(labelled, {"train"})}
     if ids:
         _part_of(everything, pool, ids)
@@ -133,10 +133,15 @@ def part_of_pool(out: Path, cell: Cell, count: int) -> Cell:
     part = replace(cell, photos=count, pool="", part=count)
     if not count:
         return part
-    ids = sorted(_ids(Path(cell.pool)), key=lambda photo: (hash_of(cell.seed, photo), photo))
+    ids = sorted(_ids(place(cell.pool)), key=lambda photo: (hash_of(cell.seed, photo), photo))
     pool = out / part.name / "photos"
-    _part_of(Path(cell.pool), pool, set(ids[:count]))
+    _part_of(place(cell.pool), pool, set(ids[:count]))
     return replace(part, pool=str(pool))
+
+
+def _made(store: Path) -> bool:
+    """Whether a photo store is whole: its header comes last."""
+    return (store / "store.json").exists()
 
 
 def _ids(store: Path) -> set[str]:
@@ -144,13 +149,13 @@ def _ids(store: Path) -> set[str]:
     return {
         photo
         for shard in shards
-        for photo in pq.read_table(shard, columns=["photo_id"])["photo_id"].to_pylist()
+        for photo in read_table(shard, columns=["photo_id"])["photo_id"].to_pylist()
     }
 
 
 def _part_of(store: Path, out: Path, ids: Collection[str]) -> None:
     """Write these photos of a store as a store of their own, unless it is there."""
-    if out.exists():
+    if _made(out):
         return
     with new_folder(out) as folder:
         (folder / "shards").mkdir()
@@ -181,5 +186,5 @@ def _write(rows: list[PhotoRow], shards: Path) -> None:
     file = shards / f"part-{len(list(shards.iterdir())):05d}.parquet"
     table = pa.Table.from_pylist(rows, schema=PHOTO_SCHEMA)
     # JPEG files do not get smaller, and no two of them are equal.
-    pq.write_table(table, file, row_group_size=_ROW_GROUP, compression="none", use_dictionary=False)
+    write_table(table, file, row_group_size=_ROW_GROUP, compression="none", use_dictionary=False)
     rows.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
 from sbir_ray.config import FilterConfig, OptimConfig, RetrievalTraining, SketchConfig
@@ -215,7 +215,7 @@ class Plan:
         if drawer is None:
             filters, temperature, samples = _of_tracers(filters), 0.0, 1
         else:
-            sketcher, name = drawer.run, f"{cell.name}/drawn-by-{Path(drawer.run).name}"
+            sketcher, name = drawer.run, f"{cell.name}/drawn-by-{PurePosixPath(drawer.run).name}"
             name += f"-best-of-{samples}" if samples > 1 else ""
             needs.append(drawer.name)
         teacher = ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from sbir_ray.data.pairs import Split, iter_sketches, read_header
 from sbir_ray.data.photos import read_store
 from sbir_ray.errors import UserError
 from sbir_ray.joint_config import JointTraining
+from sbir_ray.places import remove_tree
 from sbir_ray.runlog import Progress, versions, write_json_atomic
 from sbir_ray.strict import SCHEMA_VERSION, to_dict, to_toml
 from sbir_ray.study import studies
@@ -137,7 +137,7 @@ def run_study(
             parallel = room(parallel, cpus, gpu, address)
             cells = _cells(request, out / "data", progress)
             rows = _rows(request, plan, cells)
-            shutil.rmtree(out / "failures", ignore_errors=True)
+            remove_tree(out / "failures")
             failed = execute(
                 list(plan.work.values()),
                 parallel=parallel,

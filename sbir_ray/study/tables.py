@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sbir_ray.places import write_bytes
 from sbir_ray.plots import DASHES
 from sbir_ray.study.intervals import NAMES, Found, accuracy, difference, shares
 from sbir_ray.study.plan import Row
@@ -205,7 +207,9 @@ def plot(study: str, rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
         for place, key in zip(axes, panels, strict=False):
             _dots(place, rows, key)
-    figure.savefig(file, dpi=150, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150, metadata={"Software": None})
+    write_bytes(file, picture.getvalue())
 
 
 def _lines(axes: Axes, rows: Sequence[Mapping[str, Any]], across: str) -> None:

@@ -16,6 +16,7 @@ from sbir_ray.config import GeneratorTraining, SketchConfig
 from sbir_ray.data.pairs import Split
 from sbir_ray.errors import DamagedError
 from sbir_ray.joint_config import JointTraining
+from sbir_ray.places import place
 from sbir_ray.runlog import Progress, versions, write_json_atomic
 from sbir_ray.strict import SCHEMA_VERSION
 from sbir_ray.study.intervals import Found
@@ -46,7 +47,7 @@ class Train:
     @property
     def done(self) -> bool:
         """Whether all have come to their end."""
-        return all(_record(Path(job.out)).get("status") == "done" for job in self.jobs)
+        return all(_record(place(job.out)).get("status") == "done" for job in self.jobs)
 
     @property
     def cost(self) -> int:
@@ -56,7 +57,7 @@ class Train:
     @property
     def spent(self) -> int:
         """Cost of the steps that have been logged."""
-        return sum(_weight(job) * _last_step(Path(job.out)) for job in self.jobs)
+        return sum(_weight(job) * _last_step(place(job.out)) for job in self.jobs)
 
     def perform(self, gpu: bool) -> None:
         """Train what is left, in this process."""
@@ -86,18 +87,18 @@ class Draw:
     @property
     def done(self) -> bool:
         """Whether the folder has a header: it is written when the folder is whole."""
-        return (Path(self.out) / "pseudo.json").exists()
+        return (place(self.out) / "pseudo.json").exists()
 
     def perform(self, gpu: bool) -> None:
         """Draw what is left. Needs a Ray that is up."""
         from sbir_ray.stream.sketching import sketch
 
         sketch(
-            Path(self.photos),
-            Path(self.out),
+            place(self.photos),
+            place(self.out),
             self.sketcher,
             self.config,
-            teacher=Path(self.teacher) if self.teacher else None,
+            teacher=place(self.teacher) if self.teacher else None,
             gpus_per_actor=float(gpu and self.sketcher not in TRACERS),
             # The study has a line of its own.
             progress=lambda title: Progress(title, file=io.StringIO()),
@@ -131,7 +132,7 @@ class Measure:
     @property
     def done(self) -> bool:
         """Whether the file is there."""
-        return Path(self.out).exists()
+        return place(self.out).exists()
 
     def found(self) -> Found:
         """What the file says.
@@ -140,7 +141,7 @@ class Measure:
             DamagedError: it cannot be read.
         """
         try:
-            return Found.from_json(json.loads(Path(self.out).read_text()))
+            return Found.from_json(json.loads(place(self.out).read_text()))
         except (OSError, ValueError, KeyError) as error:
             raise DamagedError(f"{self.out}: cannot be read ({error}); remove it") from error
 
@@ -150,8 +151,8 @@ class Measure:
         from sbir_ray.stream.sketchers import SketcherSpec
         from sbir_ray.study.judging import judged
 
-        run, pairs = Path(self.run), Path(self.pairs)
-        gallery = Path(self.gallery) if self.gallery else None
+        run, pairs = place(self.run), place(self.pairs)
+        gallery = place(self.gallery) if self.gallery else None
         if self.sketcher:
             device = "cuda" if gpu else "cpu"
             spec = SketcherSpec(self.sketcher, self.temperature, device)
@@ -160,7 +161,7 @@ class Measure:
             evaluation = evaluate_run(run, pairs, self.split, gallery=gallery, gpu=gpu)
             photos = [query["photo"] for query in evaluation.per_query]
             found = Found(photos, evaluation.ranks.tolist(), evaluation.metrics.gallery)
-        out = Path(self.out)
+        out = place(self.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         head = {"schema_version": SCHEMA_VERSION, "kind": "ranks", "versions": versions()}
         write_json_atomic(out, {**head, **found.to_json()})

@@ -27,6 +27,7 @@ from sbir_ray.runs import read_run
 from sbir_ray.stream.cluster import logical_cpus
 from sbir_ray.stream.fit import Group, request_of, sent_to
 from sbir_ray.train.job import Job
+from sbir_ray.train.memory import worker_environment
 from sbir_ray.train.ranks import Ranks
 from sbir_ray.train.stop_request import FILE, StopRequest, listening
 
@@ -303,6 +304,7 @@ def _trainer(
             storage_path=folder,
             storage_filesystem=system,
             callbacks=[GivesBack()],
+            worker_runtime_env={"env_vars": {} if gpu else worker_environment()},
             failure_config=FailureConfig(
                 max_failures=_RETRIES,
                 controller_failure_limit=_RETRIES + 1,

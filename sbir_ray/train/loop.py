@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import time
@@ -23,6 +22,7 @@ from sbir_ray.runlog import versions, write_json_atomic
 from sbir_ray.runs import read_run
 from sbir_ray.strict import SCHEMA_VERSION, digest, to_dict
 from sbir_ray.train.job import Board, Job, Task
+from sbir_ray.train.memory import keep_freed_memory
 from sbir_ray.train.position import rng_of
 from sbir_ray.train.ranks import Ranks
 from sbir_ray.train.step import take_step
@@ -65,7 +65,7 @@ def fit(
         say(f"{run}: finished before, nothing to do")
         return dict(record["result"])
     if device.type == "cpu":
-        _keep_memory()
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     identity = str(record["digest"])
     with _shared(ranks):
@@ -222,19 +222,6 @@ def _shared(ranks: Ranks) -> Iterator[None]:
         if found_there:
             kind, text = found_there
             raise by_name(kind)(f"rank {rank}: {text}")
-
-
-def _keep_memory() -> None:
-    """Let the C library keep the memory of one step's activations for the next step.
-
-    glibc gives large blocks back to the system at once and gets them page by page again: up to 40%
-    of the time of a training step on CPUs.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 1 << 30)
-        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def _open_run(job: Job, run: Path, ranks: Ranks) -> dict[str, Any]:

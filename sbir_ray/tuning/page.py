@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import jinja2
 import numpy as np
 
 from sbir_ray import plots
+from sbir_ray.places import write_bytes
 from sbir_ray.tuning.records import DEFAULT
 from sbir_ray.tuning.space import Knob, Value, shown
 
@@ -67,9 +67,7 @@ def headline(values: Mapping[str, Any]) -> str:
 def write_page(out: Path, values: Mapping[str, Any]) -> Path:
     """Write ``report.html``, whole or not at all."""
     page = out / "report.html"
-    part = out / ".report.html.part"
-    part.write_text(render(values), encoding="utf-8")
-    os.replace(part, page)
+    write_bytes(page, render(values).encode())
     return page
 
 

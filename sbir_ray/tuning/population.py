@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sbir_ray.errors import DamagedError, UserError
+from sbir_ray.places import arrow_file_system, place
 from sbir_ray.runlog import Progress, write_json_atomic
 from sbir_ray.strict import digest
 from sbir_ray.tuning.records import DEFAULT, Trials, checked, trial_folder
@@ -73,6 +74,7 @@ def evolve(
     def trainable(config: dict[str, Any]) -> None:
         run_phases(spec, config)
 
+    system, kept = arrow_file_system(storage)
     with progress("tune") as bar, quiet():
         tune.Tuner(
             tune.with_resources(trainable, {"CPU": TRIAL_CPUS}),
@@ -97,7 +99,8 @@ def evolve(
             ),
             run_config=tune.RunConfig(
                 name="population",
-                storage_path=str(storage),
+                storage_path=kept,
+                storage_filesystem=system,
                 failure_config=tune.FailureConfig(max_failures=retries),
                 callbacks=[Recorder(spec.steps, trials, count, bar)],
                 verbose=0,
@@ -127,13 +130,13 @@ def run_phases(spec: TrialSpec, config: Mapping[str, Any]) -> None:
     from sbir_ray.train.launch import train
 
     number = int(Path(tune.get_context().get_trial_dir()).name)
-    folder = trial_folder(Path(spec.out), number)
+    folder = trial_folder(place(spec.out), number)
     knobs = config["trial"]["knobs"]
     with telling(folder):
         taken = tune.get_checkpoint()
         if taken is not None:
-            with taken.as_directory() as place:
-                phases = _read(Path(place) / PHASES)
+            with taken.as_directory() as local:
+                phases = _read(Path(local) / PHASES)
         else:
             phases = _read(folder / PHASES) if (folder / PHASES).exists() else []
             if phases:
@@ -177,8 +180,8 @@ def _tell(
     from ray import tune
 
     evaluation = phases[-1]["result"]
-    with tempfile.TemporaryDirectory() as place:
-        write_json_atomic(Path(place) / PHASES, {"phases": phases})
+    with tempfile.TemporaryDirectory() as local:
+        write_json_atomic(Path(local) / PHASES, {"phases": phases})
         tune.report(
             {
                 **evaluation,
@@ -186,7 +189,7 @@ def _tell(
                 CHANGES: changes,
                 "done": evaluation["step"] >= spec.steps,
             },
-            checkpoint=tune.Checkpoint.from_directory(place),
+            checkpoint=tune.Checkpoint.from_directory(local),
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from sbir_ray.config import FilterConfig, GeneratorTraining, SketchConfig
 from sbir_ray.errors import SbirError
 from sbir_ray.joint_config import JointTraining
+from sbir_ray.places import remove_tree
 from sbir_ray.runlog import Progress, versions, write_json_atomic
 from sbir_ray.stream import fit
 from sbir_ray.strict import SCHEMA_VERSION, to_toml
@@ -222,7 +222,7 @@ def _search(
     from sbir_ray.tuning.search import sweep
 
     storage = out / "ray"
-    shutil.rmtree(storage, ignore_errors=True)
+    remove_tree(storage)
     common: dict[str, Any] = {
         "count": effort.trials,
         "seed": request.config.seed,
@@ -246,7 +246,7 @@ def _search(
         )
     finally:
         give_back_of_the_dead(_DYING)
-        shutil.rmtree(storage, ignore_errors=True)
+        remove_tree(storage)
 
 
 # --------------------------------------------------------------------------- what comes of it
@@ -272,7 +272,7 @@ def _write_best(request: Request, out: Path, winner: Trial, phases: Sequence[Pha
         return out / BEST
     (out / BEST).unlink(missing_ok=True)
     folder = out / SCHEDULE
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_tree(folder)
     folder.mkdir()
     for number, phase in enumerate(phases, start=1):
         config = with_knobs(request.config, {**phase.knobs, "optim.steps": phase.end})

@@ -24,6 +24,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from sbir_ray.errors import UserError
+from sbir_ray.places import arrow_file_system
 from sbir_ray.runlog import Progress
 from sbir_ray.train.groups import give_back_of_the_dead
 from sbir_ray.tuning import request
@@ -74,6 +75,7 @@ def sweep(
     left = [n for n in range(count) if n not in trials or is_left(trials[n], retries)]
     if not left:
         return
+    system, kept = arrow_file_system(storage)
     with progress("tune") as bar, quiet():
         search = Search(space, trials, left, defaults, seed, searcher)
         scheduler = Halving(spec, trials) if early_stop else None
@@ -88,7 +90,8 @@ def sweep(
             ),
             run_config=tune.RunConfig(
                 name="sweep",
-                storage_path=str(storage),
+                storage_path=kept,
+                storage_filesystem=system,
                 failure_config=tune.FailureConfig(max_failures=retries),
                 callbacks=[Recorder(spec.steps, trials, count, bar)],
                 verbose=0,

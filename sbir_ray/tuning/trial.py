@@ -14,6 +14,7 @@ from typing import Any
 from sbir_ray.config import RetrievalTraining
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.joint_config import JointTraining
+from sbir_ray.places import place
 from sbir_ray.study.work import Measure
 from sbir_ray.train.job import Job
 from sbir_ray.train.tasks import joint_jobs
@@ -105,7 +106,7 @@ def run_trial(spec: TrialSpec, config: Mapping[str, Any]) -> None:
     from ray import tune
 
     number, knobs = config["trial"]["number"], config["trial"]["knobs"]
-    folder = trial_folder(Path(spec.out), number)
+    folder = trial_folder(place(spec.out), number)
     with telling(folder):
         (job,) = spec.jobs(folder / "run", [Phase(spec.steps, knobs)])
         save = replace(
@@ -143,7 +144,7 @@ def _trained(spec: TrialSpec, job: Job) -> Iterator[dict[str, float]]:
     since Ray Tune may end this process right after it."""
     from sbir_ray.train.launch import train
 
-    run = Path(job.out)
+    run = place(job.out)
     told = 0
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(

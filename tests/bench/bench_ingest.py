@@ -22,6 +22,7 @@ photos; a photo is a small scene with its number in it, so that few are alike.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import http.server
 import io
 import json
@@ -217,17 +218,32 @@ def bench_web(args: argparse.Namespace, folder: Path) -> None:
 # --------------------------------------------------------------------------- growth
 
 
-def peaks(seen: dict[int, int]) -> None:
-    """Most memory so far of each Ray worker of this machine, KiB by process."""
+@dataclasses.dataclass
+class Peak:
+    """Most memory of a process so far, KiB."""
+
+    all: int = 0
+    own: int = 0
+    """Neither files nor memory that Ray's processes share, both of which the system may drop or
+    which is there once for all. Looked at twice a second."""
+
+    def add(self, process: str) -> None:
+        status = Path(f"/proc/{process}/status").read_text()
+        kib = {line.split(":")[0]: line.split() for line in status.splitlines()}
+        self.all = max(self.all, int(kib["VmHWM"][1]))
+        self.own = max(self.own, int(kib["RssAnon"][1]))
+
+
+def look(seen: dict[str, Peak]) -> None:
+    """This process and each Ray worker of this machine."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                title = (entry / "cmdline").read_bytes()
-                if title.startswith(b"ray::"):
-                    status = (entry / "status").read_text()
-                    seen[int(entry.name)] = int(status.split("VmHWM:")[1].split()[0])
-            except (OSError, IndexError):  # it has ended
+                if (entry / "cmdline").read_bytes().startswith(b"ray::"):
+                    seen.setdefault(entry.name, Peak()).add(entry.name)
+            except (OSError, KeyError):  # it has ended
                 continue
+    seen.setdefault("self", Peak()).add("self")
 
 
 def bench_grow(args: argparse.Namespace, folder: Path) -> None:
@@ -241,12 +257,12 @@ def bench_grow(args: argparse.Namespace, folder: Path) -> None:
 def bench_one(args: argparse.Namespace, folder: Path) -> None:
     """One size of ``grow``."""
     source = write_photos(folder / f"photos{args.photos}", args.photos, args.side)
-    seen: dict[int, int] = {}
+    seen: dict[str, Peak] = {}
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.5):
-            peaks(seen)
+            look(seen)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     with connect(num_cpus=args.cores):
@@ -257,10 +273,12 @@ def bench_one(args: argparse.Namespace, folder: Path) -> None:
         seconds = time.monotonic() - began
         done.set()
         watcher.join()
-    driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    driver = seen.pop("self")
     print(
-        f"{args.photos} photos: {args.photos / seconds:.1f}/s in all, driver {driver} MiB at most "
-        f"({before} before), a worker {max(seen.values()) >> 10} MiB at most; {ledger}",
+        f"{args.photos} photos: {args.photos / seconds:.1f}/s in all; driver {driver.all >> 10} "
+        f"MiB at most ({before} before), {driver.own >> 10} its own; a worker "
+        f"{max(one.all for one in seen.values()) >> 10} at most, "
+        f"{max(one.own for one in seen.values()) >> 10} its own; {ledger}",
         flush=True,
     )
 

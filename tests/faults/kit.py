@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
-from ray.util.state import list_actors, list_placement_groups
+from ray.util import placement_group_table
 
 TRAINS, DRAWS = "RayTrainWorker", "Draw"
 """Parts of the class names of the actors that train and of those that draw."""
@@ -37,27 +37,27 @@ def assert_no_orphans(seconds: float = 30.0) -> None:
 
 
 def _left() -> list[str]:
-    address = ray.get_runtime_context().gcs_address
-    groups = list_placement_groups(address, limit=1000, detail=True)
+    groups = placement_group_table().values()
     return [
-        *(a.class_name for a in alive("") if not a.is_detached),
+        *(a["ActorClassName"] for a in alive("") if not a["IsDetached"]),
         *(
-            f"{g.placement_group_id} {g.state} {[b['unit_resources'] for b in g.bundles]}"
+            f"{g['placement_group_id']} {g['state']} {list(g['bundles'].values())}"
             for g in groups
-            if g.state != "REMOVED"
+            if g["state"] != "REMOVED"
         ),
     ]
 
 
-def alive(part: str, address: str = "") -> list[Any]:
-    """Actors that are alive with ``part`` in their class names.
+def alive(part: str, state: Any = None) -> list[dict[str, Any]]:
+    """Actors that are alive with ``part`` in their class names, from Ray's own records: a Ray that
+    this program starts has no dashboard to ask.
 
     Args:
-        address: of a Ray cluster; that of this process by default.
+        state: the records of a cluster that this process has started but not joined.
     """
-    address = address or ray.get_runtime_context().gcs_address
-    every = list_actors(address, filters=[("state", "=", "ALIVE")], limit=1000, detail=True)
-    return [actor for actor in every if part in actor.class_name]
+    state = state or cast(Any, ray)._private.state.state
+    every = state.actor_table(None, None, "ALIVE").values()
+    return [actor for actor in every if part in actor["ActorClassName"]]
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def killing(*plans: tuple[Callable[[], bool], str]) -> Iterator[list[int]]:
     def run() -> None:
         for ready, part in plans:
             while not over.wait(0.1):
-                if ready() and (found := [a.pid for a in alive(part) if a.pid not in killed]):
+                if ready() and (found := [a["Pid"] for a in alive(part) if a["Pid"] not in killed]):
                     os.kill(found[0], signal.SIGKILL)
                     killed.append(found[0])
                     break

@@ -24,23 +24,21 @@ os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
 
 from ray.cluster_utils import Cluster
 
-from tests.faults.calm import free_port
 from tests.faults.drivers import driving
 from tests.faults.kit import TRAINS, alive
 
 
 def main() -> int:
     run, *words = sys.argv[1:]
-    # The head has no CPU: all that is asked for is on the two others. Its dashboard, which knows
-    # where actors are, wants a port of its own.
-    cluster = Cluster(True, head_node_args={"num_cpus": 0, "dashboard_port": free_port()})
+    # The head has no CPU: all that is asked for is on the two others.
+    cluster = Cluster(True, head_node_args={"num_cpus": 0})
     try:
         nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1) for _ in range(2))}
         with driving(*words, folder=Path(run).parent, address=cluster.address) as driver:
             driver.until(lambda: len(checkpoint.listed(Path(run))) >= 2)
-            (worker,) = alive(TRAINS, cluster.address)
-            cluster.remove_node(nodes.pop(worker.node_id), allow_graceful=False)
-            print("lost the node of the worker", worker.pid, flush=True)
+            (worker,) = alive(TRAINS, cluster.global_state)
+            cluster.remove_node(nodes.pop(worker["Address"]["NodeID"]), allow_graceful=False)
+            print("lost the node of the worker", worker["Pid"], flush=True)
             code = driver.wait()
             print(driver.said.read_text())
             return code

@@ -139,12 +139,12 @@ class Soak:
                 actor = self.rng.choice(found)
                 step = max((entry.step for entry in checkpoint.listed(run)), default=0)
                 try:
-                    os.kill(actor.pid, signal.SIGKILL)
+                    os.kill(actor["Pid"], signal.SIGKILL)
                 except ProcessLookupError:  # it has ended meanwhile
                     continue
-                what = "worker" if TRAINS in actor.class_name else "generator"
+                what = "worker" if TRAINS in actor["ActorClassName"] else "generator"
                 self.killed[what] += 1
-                self.say(f"{run.name}: {what} {actor.pid} killed, newest checkpoint {step}")
+                self.say(f"{run.name}: {what} {actor['Pid']} killed, newest checkpoint {step}")
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()

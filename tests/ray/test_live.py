@@ -13,10 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from ray import cloudpickle
-from ray.util.state import list_actors
 
 from sbir_ray.data.strokes import canonical
 from sbir_ray.errors import SbirError, UserError
@@ -30,6 +28,7 @@ from sbir_ray.stream.sketchers import Drawn
 from sbir_ray.train.job import Job
 from sbir_ray.train.launch import train
 from sbir_ray.train.tasks import generator_jobs
+from tests.faults.kit import alive
 from tests.tiny import generator_config, retrieval_config, tiny_pairs
 from tests.tiny_store import tiny_store
 
@@ -114,9 +113,7 @@ def fake(tmp_path, store, cluster):
 
 def actors():
     """Actors that are alive, of those that a stream starts."""
-    address = ray.get_runtime_context().gcs_address
-    alive = list_actors(address, filters=[("state", "=", "ALIVE")], limit=1000)
-    return [a.class_name for a in alive if "Draw" in a.class_name or "Stream" in a.class_name]
+    return [actor["ActorClassName"] for part in ("Draw", "Stream") for actor in alive(part)]
 
 
 def left_after(seconds):

@@ -12,14 +12,24 @@ from PIL import Image
 
 from sbir_ray import checkpoint
 from sbir_ray.cli import cli
-from sbir_ray.config import SaveConfig
+from sbir_ray.config import FilterConfig, SaveConfig
 from sbir_ray.errors import StoppedError
+from sbir_ray.joint_config import JointTraining, PolicyConfig, ScheduleConfig
 from sbir_ray.places import copy_tree, place
 from sbir_ray.runs import load_retrieval
 from sbir_ray.strict import to_toml
-from tests.tiny import photo, retrieval_config, tiny_pairs
+from tests.tiny import generator_config, photo, retrieval_config, tiny_pairs
+from tests.tiny_store import tiny_store
 
 STEPS = 40
+JOINT = JointTraining(
+    retrieval=retrieval_config(2),
+    generator=generator_config(2),
+    policy=PolicyConfig(batch_size=2),
+    schedule=ScheduleConfig(steps=4, retrieval_steps=1, generator_steps=1),
+    filters=FilterConfig(min_points=2),
+    save=SaveConfig(log_every=1, checkpoint_every=100),
+)
 
 
 def sbir_ray(*words):
@@ -91,3 +101,51 @@ def test_photos_drawings_and_a_run_that_is_resumed_lie_in_an_object_store(tmp_pa
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     # What Ray keeps of its own and the request to stop are gone.
     assert not [entry.name for entry in run.iterdir() if entry.name in ("ray", "stop")]
+
+
+@pytest.mark.slow
+def test_sweeps_lie_in_an_object_store_and_go_on_there(tmp_path, bucket):
+    copy_tree(tiny_pairs(tmp_path / "pairs", train=8, val=4, hands=1), place(f"{bucket}/eight"))
+    copy_tree(tiny_store(tmp_path / "photos", 8), place(f"{bucket}/more"))
+    sbir_ray(
+        "sketch", "--sketcher", "contours", "--photos", f"{bucket}/more", "--out", f"{bucket}/drawn"
+    )
+    space, config = tmp_path / "space.toml", tmp_path / "base.toml"
+    space.write_text('trains = "semi"\n[knob."loss.pseudo_weight"]\nrange = [0.1, 3.0]\n')
+    config.write_text(to_toml(retrieval_config(4)))
+
+    def sweep(scheduler, trials, *more):
+        words = ["tune", str(space), "--pairs", f"{bucket}/eight", "--pseudo", f"{bucket}/drawn"]
+        words += ["--config", str(config), "--scheduler", scheduler, "--searcher", "random"]
+        words += ["--trials", str(trials), "--seeds", "1", "--parallel", "2", *more]
+        return sbir_ray(*words, "--out", f"{bucket}/sweep-{scheduler}")
+
+    first = sweep("none", 1)
+    found = sweep("none", 2)
+    assert [one["status"] for one in found["trials"]] == ["done", "done"]
+    assert found["trials"][0]["evaluations"] == first["trials"][0]["evaluations"]
+    out = place(f"{bucket}/sweep-none")
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
+    assert "pseudo_weight" in (out / "best.toml").read_text()
+    assert not (out / "ray").exists()
+    evolved = sweep("pbt", 4, "--set", "optim.schedule=constant")
+    assert [one["status"] for one in evolved["trials"]] == ["done"] * 4
+
+
+@pytest.mark.slow
+def test_studies_lie_in_an_object_store_and_go_on_there(tmp_path, bucket):
+    copy_tree(tiny_pairs(tmp_path / "pairs", train=12, val=3, hands=1), place(f"{bucket}/twelve"))
+    config = tmp_path / "study.toml"
+    config.write_text(to_toml(JOINT))
+
+    def study(labels):
+        words = ["study", "labels", "--pairs", f"{bucket}/twelve", "--config", str(config)]
+        words += ["--rows", "supervised,contours", "--seeds", "1"]
+        return sbir_ray(*words, "--labels", labels, "--out", f"{bucket}/study")
+
+    half = study("0.5")
+    whole = study("0.5,1")
+    assert not whole["failed"]
+    assert len(whole["rows"]) > len(half["rows"])
+    assert "contours" in (place(f"{bucket}/study") / "study.md").read_text()
+    assert (place(f"{bucket}/study") / "study.png").read_bytes().startswith(b"\x89PNG")
