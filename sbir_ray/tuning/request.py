@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sbir_ray.config import RetrievalTraining
+from sbir_ray.config import ChoiceConfig, RetrievalTraining
 from sbir_ray.data.pairs import read_header
 from sbir_ray.data.photos import read_store
 from sbir_ray.errors import UserError
@@ -115,28 +115,25 @@ def check(request: Request) -> None:
                 "--scheduler pbt: the schedule of the rate is what it finds; add "
                 "--set optim.schedule=constant"
             )
-    filtered = [knob.name for knob in request.space.knobs if knob.name.startswith("filters.")]
-    if not joint and filtered and request.pseudo is not None:
-        _check_thresholds(request.space, request.pseudo)
     for knob in request.space.knobs:
         ends = knob.choices or (knob.low, knob.high)
         for end in ends:
             value = round(end) if knob.whole and isinstance(end, float) else end
-            with_knobs(request.config, {knob.name: value})
+            config = with_knobs(request.config, {knob.name: value})
+            if knob.name.startswith("filters.") and request.pseudo is not None:
+                _check_threshold(request, config, request.pseudo)
 
 
-def _check_thresholds(space: Space, pseudo: Path) -> None:
-    """Refuse a threshold on what the store does not know."""
-    from sbir_ray.stream.pseudo_store import iter_rows
+def _check_threshold(request: Request, config: Training, pseudo: Path) -> None:
+    """Refuse a threshold on what nobody has judged in these drawings: all trials would be alike."""
+    from sbir_ray.stream.pseudo_store import read_header, refuse_choice
 
-    names = {knob.name for knob in space.knobs}
-    if "filters.max_rank" in names:
-        rows = iter_rows(pseudo, kept_only=False, columns=["rank", "status"])
-        if all(row["rank"] == 0 for row in rows if row["status"] != "failed"):
-            raise UserError(
-                f"{space.name}: filters.max_rank: no teacher ranked the drawings of {pseudo}; "
-                "sketch with --teacher, or give --photos instead of --pseudo"
-            )
+    try:
+        refuse_choice(ChoiceConfig(filters=config.filters), read_header(pseudo), pseudo)
+    except UserError as error:
+        raise UserError(
+            f"{request.space.name}: {error}; or take the knob out of the space"
+        ) from error
 
 
 def command(request: Request, effort: Effort, out: Path) -> str:

@@ -310,6 +310,11 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         self.numbers: dict[str, int] = {}
         self.looked = time.monotonic()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray Tune keeps a copy to go on from, which is never asked for, and a terminal
+        cannot always be copied."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Learn its number."""
         self._of(trial)

@@ -128,7 +128,7 @@ def test_sweeps_lie_in_an_object_store_and_go_on_there(tmp_path, bucket):
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     assert "pseudo_weight" in (out / "best.toml").read_text()
     assert not (out / "ray").exists()
-    evolved = sweep("pbt", 4, "--set", "optim.schedule=constant")
+    evolved = sweep("pbt", 4, "--set", "optim.schedule=constant", "--set", "optim.steps=2")
     assert [one["status"] for one in evolved["trials"]] == ["done"] * 4
 
 

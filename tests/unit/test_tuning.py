@@ -8,13 +8,17 @@ import pytest
 from markupsafe import escape
 from scipy.stats import spearmanr
 
-from sbir_ray.errors import DamagedError, SbirError
+from sbir_ray.config import RetrievalTraining
+from sbir_ray.errors import DamagedError, SbirError, UserError
 from sbir_ray.study.intervals import Found
 from sbir_ray.tuning.judgement import common_step, intervals, knob_effects, spearman
 from sbir_ray.tuning.page import headline, render, summary
 from sbir_ray.tuning.records import FOUND, METRICS, Trial, Trials, best, checked
+from sbir_ray.tuning.request import Request, check
 from sbir_ray.tuning.search import Random, Search, Tpe, is_left
-from sbir_ray.tuning.space import Knob, Space
+from sbir_ray.tuning.space import Knob, Space, read_space
+from tests.tiny import tiny_pairs
+from tests.tiny_pseudo import pseudo_row, tiny_pseudo
 
 KNOBS = (
     Knob(name="loss.temperature", low=0.03, high=0.3, scale="log"),
@@ -235,3 +239,29 @@ def test_the_page_without_a_rerun(tmp_path):
     found["confirmed"]["status"] = "default"
     assert headline(found).startswith("No trial beat the default: 20.0%")
     assert "nothing to train again" in render(found)
+
+
+@pytest.mark.parametrize(
+    ("knob", "range_", "told"),
+    [
+        ("filters.min_certainty", [0.0, 0.6], "contours has no discriminator"),
+        ("filters.max_rank", [1, 50], "ranks are a teacher's"),
+    ],
+)
+def test_a_threshold_on_what_nobody_judged_is_refused_before_any_trial(
+    tmp_path, knob, range_, told
+):
+    file = tmp_path / "space.toml"
+    file.write_text(f'trains = "semi"\n[knob."{knob}"]\nrange = {range_}\n')
+    pseudo = tiny_pseudo(
+        tmp_path / "drawn", [pseudo_row(1)], sketcher="contours", generative=False, judged=False
+    )
+    request = Request(
+        space=read_space(file),
+        file=file,
+        pairs=tiny_pairs(tmp_path / "pairs", val=2),
+        pseudo=pseudo,
+        config=RetrievalTraining(),
+    )
+    with pytest.raises(UserError, match=rf"^space: .*{knob}=.*{told}.*; or take the knob out"):
+        check(request)
