@@ -56,8 +56,8 @@ def run_sweep(
     check(request)
     if request.scheduler == "pbt" and not is_local(out):
         raise UserError(
-            f"{out}: a population looks at its files too often for an object store; choose an --out "
-            "in a file system that all nodes share, or --scheduler asha"
+            f"{out}: a population looks at its files too often for an object store; choose an "
+            "--out in a file system that all nodes share, or --scheduler asha"
         )
     with claimed(out, "sweep", request.identity(), {SETTINGS: to_toml(request.config)}):
         with ready(_asked(effort), [out], effort.address):

@@ -128,7 +128,7 @@ def test_sweeps_lie_in_an_object_store_and_go_on_there(tmp_path, bucket):
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     assert "pseudo_weight" in (out / "best.toml").read_text()
     assert not (out / "ray").exists()
-    with pytest.raises(UserError, match="too often for an object store; choose an --out"):
+    with pytest.raises(UserError, match="too often for an object store; choose an --out in"):
         sweep("pbt", 4, "--set", "optim.schedule=constant")
 
 
