@@ -310,7 +310,7 @@ def _report(out: Path, plan: Plan, stages: _Stages) -> dict[str, Any]:
     )
     store = out / "photos" / "store.json"
     photos = Ledger.from_json("photos", json.loads(store.read_text())["ledger"], str(store))
-    pseudo["ledgers"] = [photos, *pseudo["ledgers"]]
+    pseudo["ledgers"] = [("Photos", photos), *pseudo["ledgers"]]
     data = report.ReportData(
         title="Draw a thing, find its photo: the demo",
         subtitle="OpenMoji: line strokes as sketches, colour art without the lines as photos",

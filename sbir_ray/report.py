@@ -152,8 +152,8 @@ class ReportData:
     looks: Sequence[Look] = ()
     stream: StreamAccount | None = None
     stream_curves: Sequence[Curve] = ()
-    ledgers: Sequence[Ledger] = ()
-    """Of the photos and of the pseudo pairs, by fate."""
+    ledgers: Sequence[tuple[str, Ledger]] = ()
+    """Titles, and the accounts of the photos and of the pseudo pairs, by fate."""
     timings: Sequence[Timing] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     """Seed, digests, versions, and whatever else identifies the run."""
@@ -381,15 +381,14 @@ def _ends(curve: Curve) -> list[str]:
     return [_share(v) if curve.percent else f"{v:.3g}" for v in ends]
 
 
-def _accounts(ledgers: Sequence[Ledger]) -> list[dict[str, Any]]:
+def _accounts(ledgers: Sequence[tuple[str, Ledger]]) -> list[dict[str, Any]]:
     """What the template shows of each ledger; the first number of its JSON is the total."""
-    titles = {"photos": "Photos", "pseudo": "Pseudo pairs"}
     accounts = []
-    for ledger in ledgers:
+    for title, ledger in ledgers:
         (counted, total), *fates = ledger.to_json().items()
         accounts.append(
             {
-                "title": titles[ledger.kind],
+                "title": title,
                 "counted": counted,
                 "total": total,
                 "fates": [

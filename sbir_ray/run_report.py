@@ -365,7 +365,10 @@ def pseudo_sections(
     )
     fields: dict[str, Any] = {
         "ledgers": [
-            pseudo_store.account(folder, headers[folder], choice)
+            (
+                f"Pseudo pairs of {folder.name}" if len(folders) > 1 else "Pseudo pairs",
+                pseudo_store.account(folder, headers[folder], choice),
+            )
             for folder, choice in folders.items()
         ],
         "pseudo": report.PseudoGallery(

@@ -122,20 +122,26 @@ def full() -> ReportData:
         ),
         deciles=certainty_deciles(certainty, rng.integers(1, 3, 200)),
         ledgers=[
-            Ledger.from_json(
-                "photos",
-                {
-                    "read": 212,
-                    "stored": 200,
-                    "duplicate": 5,
-                    "leaked": 1,
-                    "rejected": {"too small": 4},
-                    "failed": {"truncated": 2},
-                },
-                "",
+            (
+                "Photos",
+                Ledger.from_json(
+                    "photos",
+                    {
+                        "read": 212,
+                        "stored": 200,
+                        "duplicate": 5,
+                        "leaked": 1,
+                        "rejected": {"too small": 4},
+                        "failed": {"truncated": 2},
+                    },
+                    "",
+                ),
             ),
-            Ledger.from_json(
-                "pseudo", {"drawn": 200, "kept": 200, "filtered": {}, "failed": {}}, ""
+            (
+                "Pseudo pairs",
+                Ledger.from_json(
+                    "pseudo", {"drawn": 200, "kept": 200, "filtered": {}, "failed": {}}, ""
+                ),
             ),
         ],
         timings=[Timing(stage="train", seconds=83.2, detail="240 steps")],

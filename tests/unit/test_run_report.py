@@ -130,7 +130,11 @@ def test_pairs_of_several_folders_are_shown_together_and_counted_each_by_itself(
     fields = run_report.pseudo_sections({drawn: None, traced: None, empty: None}, 64, None)
     assert fields["pseudo"].total == 3
     assert fields["pseudo"].sketcher == "generator and contours"
-    assert [ledger.count("kept") for ledger in fields["ledgers"]] == [1, 2, 0]
+    assert [(title, ledger.count("kept")) for title, ledger in fields["ledgers"]] == [
+        ("Pseudo pairs of a", 1),
+        ("Pseudo pairs of b", 2),
+        ("Pseudo pairs of c", 0),
+    ]
     nothing = run_report.pseudo_sections({empty: None}, 64, None)
     assert (nothing["pseudo"].total, nothing["pseudo"].examples) == (0, [])
 

@@ -105,15 +105,18 @@ def report(tmp_path: Path) -> Path:
         ),
         deciles=certainty_deciles(rng.random(400), rng.integers(1, 3, 400)),
         ledgers=[
-            Ledger.from_json(
-                "pseudo",
-                {
-                    "drawn": 1_250_000,
-                    "kept": 1_249_990,
-                    "filtered": {"certainty_below_threshold": 6},
-                    "failed": {"out_of_memory": 4},
-                },
-                "",
+            (
+                "Pseudo pairs",
+                Ledger.from_json(
+                    "pseudo",
+                    {
+                        "drawn": 1_250_000,
+                        "kept": 1_249_990,
+                        "filtered": {"certainty_below_threshold": 6},
+                        "failed": {"out_of_memory": 4},
+                    },
+                    "",
+                ),
             )
         ],
         timings=[
