@@ -42,6 +42,14 @@ def test_work_that_kills_its_process_is_given_up_and_the_rest_is_done(tmp_path, 
     assert sorted(n for t in tables for n in t["number"].to_pylist()) == [-3, 1, 2, 4]
 
 
+def niceness():
+    return os.nice(0)
+
+
+def test_workers_come_no_later_than_other_processes(cluster):
+    assert cluster.get(cluster.remote(niceness).remote()) == os.nice(0)
+
+
 def test_a_ray_that_is_up_is_used_and_left_up(cluster):
     with connect():
         assert cluster.is_initialized()
