@@ -134,10 +134,14 @@ def runs(tmp_path_factory):
 
 
 def assert_same(row, other):
+    """But for rounding, which is not the same in another process on every processor."""
     for a, b in zip((row.drawn, *row.samples), (other.drawn, *other.samples), strict=True):
-        assert (a.log_prob, a.ended) == (b.log_prob, b.ended)
-        assert all(np.array_equal(x, y) for x, y in zip(a.strokes, b.strokes, strict=True))
-    assert (row.drawn.certainty, row.drawn.rank) == (other.drawn.certainty, other.drawn.rank)
+        assert a.ended == b.ended
+        assert a.log_prob == pytest.approx(b.log_prob, rel=1e-5)
+        for x, y in zip(a.strokes, b.strokes, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-3)
+    assert row.drawn.rank == other.drawn.rank
+    assert row.drawn.certainty == pytest.approx(other.drawn.certainty, rel=1e-4)
 
 
 def test_rows_are_what_the_newest_weights_draw_of_the_right_photos(store, runs, cluster):
