@@ -203,7 +203,7 @@ def _start(num_cpus: int) -> None:
         ray.init(
             address="local",
             num_cpus=num_cpus,
-            # Ten processes more, whose address nobody would be told.
+            # Nine processes more, whose address nobody would be told.
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -17,7 +17,7 @@ from sbir_ray.data.atomic import new_folder
 from sbir_ray.data.pairs import hash_of, iter_photos, iter_sketches, split_labels
 from sbir_ray.data.photos import PHOTO_SCHEMA, PhotoRow, read_store
 from sbir_ray.errors import UserError
-from sbir_ray.places import place, read_table, write_table
+from sbir_ray.places import place, read_table, remove_tree, write_table
 from sbir_ray.runlog import Ledger, Progress, versions, write_json_atomic
 from sbir_ray.strict import SCHEMA_VERSION
 
@@ -105,6 +105,8 @@ def _cell(out: Path, folds: Sequence[Path], fold: int, share: float, seed: int) 
     if share < 1:
         labelled = folder / "pairs" / "labelled"
         if not (labelled / "pairs.json").exists():
+            # Of a copy to an object store that was stopped.
+            remove_tree(folder / "pairs")
             split_labels(pairs, share, seed, folder / "pairs")
     ids: set[str] = set()
     pool = folder / "photos" if share < 1 else folder.parent / _of_fold("photos", fold)
@@ -157,6 +159,7 @@ def _part_of(store: Path, out: Path, ids: Collection[str]) -> None:
     """Write these photos of a store as a store of their own, unless it is there."""
     if _made(out):
         return
+    remove_tree(out)
     with new_folder(out) as folder:
         (folder / "shards").mkdir()
         rows: list[PhotoRow] = []

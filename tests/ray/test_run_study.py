@@ -10,16 +10,15 @@ from sbir_ray.config import FilterConfig, SaveConfig
 from sbir_ray.data.pairs import PairSet
 from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.errors import UserError
-from sbir_ray.joint_config import JointTraining, PolicyConfig, ScheduleConfig, StreamConfig
+from sbir_ray.joint_config import ScheduleConfig, StreamConfig
 from sbir_ray.runlog import Progress
 from sbir_ray.study.run import Request, run_study
-from tests.tiny import generator_config, retrieval_config, tiny_pairs
+from tests.tiny import generator_config, joint_config, retrieval_config, tiny_pairs
 from tests.tiny_store import tiny_store
 
-CONFIG = JointTraining(
+CONFIG = joint_config(
     retrieval=retrieval_config(2),
     generator=generator_config(2),
-    policy=PolicyConfig(batch_size=2),
     schedule=ScheduleConfig(steps=4, retrieval_steps=1, generator_steps=1),
     filters=FilterConfig(min_points=2),
     stream=StreamConfig(batch_size=4),

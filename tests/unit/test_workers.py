@@ -24,6 +24,7 @@ from sbir_ray.train.launch import train
 from sbir_ray.train.loop import fit
 from sbir_ray.train.ranks import Ranks
 from tests.interrupted import interrupted
+from tests.one_thread import one_thread
 from tests.tiny import generator_config, retrieval_config, tiny_pairs
 
 CPU = torch.device("cpu")
@@ -42,11 +43,12 @@ def job_of(kind, out, pairs, **more):
 def gradients(job, ranks, step=0):
     """Losses and gradients of a step, summed over the ranks."""
     Path(job.out).mkdir(parents=True, exist_ok=True)
-    task = loop.build(job, ranks, CPU)
-    task.restore(0, {})
-    task.trained.train()
-    losses = task.losses(task.batch(step), step)
-    losses["loss"].backward()
+    with one_thread():
+        task = loop.build(job, ranks, CPU)
+        task.restore(0, {})
+        task.trained.train()
+        losses = task.losses(task.batch(step), step)
+        losses["loss"].backward()
     players = task.turn(step).values()
     mine = {id(p) for player in players for p in player.parameters}
     named = [(n, p) for n, p in task.trained.named_parameters() if id(p) in mine]
@@ -58,7 +60,6 @@ def gradients(job, ranks, step=0):
 
 def _worker(rank, world, port, jobs, steps, out):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
         for number, (job, step) in enumerate(zip(jobs, steps, strict=True)):
