@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sbir_ray.errors import UserError
-from sbir_ray.places import write_bytes
+from sbir_ray.places import reach, write_bytes
 from sbir_ray.runlog import locked, write_json_atomic
 from sbir_ray.strict import SCHEMA_VERSION, check_schema
 
@@ -29,8 +29,10 @@ def claimed(
         files: written beside it at the first time, text by name.
 
     Raises:
-        UserError: another process has it, or it holds something else or another request's work.
+        UserError: another process has it, it holds something else or another request's work, or
+            its object store cannot be reached.
     """
+    reach(out)
     with locked(out):
         plain = json.loads(json.dumps(identity))
         file = out / _REQUEST

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sbir_ray.errors import DamagedError, UserError
-from sbir_ray.places import place
+from sbir_ray.places import arrow_file_system, place
 from sbir_ray.runlog import Progress, write_json_atomic
 from sbir_ray.strict import digest
 from sbir_ray.tuning.records import DEFAULT, Trials, checked, trial_folder
@@ -74,6 +74,7 @@ def evolve(
     def trainable(config: dict[str, Any]) -> None:
         run_phases(spec, config)
 
+    system, kept = arrow_file_system(storage)
     with progress("tune") as bar, quiet():
         tune.Tuner(
             tune.with_resources(trainable, {"CPU": TRIAL_CPUS}),
@@ -98,7 +99,8 @@ def evolve(
             ),
             run_config=tune.RunConfig(
                 name="population",
-                storage_path=str(storage),
+                storage_path=kept,
+                storage_filesystem=system,
                 failure_config=tune.FailureConfig(max_failures=retries),
                 callbacks=[Recorder(spec.steps, trials, count, bar)],
                 verbose=0,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sbir_ray.config import FilterConfig, GeneratorTraining, SketchConfig
-from sbir_ray.errors import SbirError, UserError
+from sbir_ray.errors import SbirError
 from sbir_ray.joint_config import JointTraining
-from sbir_ray.places import is_local, remove_tree
+from sbir_ray.places import remove_tree
 from sbir_ray.runlog import Progress, versions, write_json_atomic
 from sbir_ray.stream import fit
 from sbir_ray.strict import SCHEMA_VERSION, to_toml
@@ -54,11 +54,6 @@ def run_sweep(
 
     out = out.resolve()
     check(request)
-    if request.scheduler == "pbt" and not is_local(out):
-        raise UserError(
-            f"{out}: a population looks at its files too often for an object store; choose an "
-            "--out in a file system that all nodes share, or --scheduler asha"
-        )
     with claimed(out, "sweep", request.identity(), {SETTINGS: to_toml(request.config)}):
         with ready(_asked(effort), [out], effort.address):
             parallel = _parallel(effort)

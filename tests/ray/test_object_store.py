@@ -13,7 +13,7 @@ from PIL import Image
 from sbir_ray import checkpoint
 from sbir_ray.cli import cli
 from sbir_ray.config import SaveConfig
-from sbir_ray.errors import StoppedError, UserError
+from sbir_ray.errors import StoppedError
 from sbir_ray.places import copy_tree, place
 from sbir_ray.runs import load_retrieval
 from sbir_ray.strict import to_toml
@@ -94,33 +94,47 @@ def test_photos_drawings_and_a_run_that_is_resumed_lie_in_an_object_store(tmp_pa
     assert not [entry.name for entry in run.iterdir() if entry.name in ("ray", "stop")]
 
 
-@pytest.mark.slow
-def test_sweeps_lie_in_an_object_store_and_go_on_there(tmp_path, bucket):
-    copy_tree(tiny_pairs(tmp_path / "pairs", train=8, val=4, hands=1), place(f"{bucket}/eight"))
-    copy_tree(tiny_store(tmp_path / "photos", 8), place(f"{bucket}/more"))
-    sbir_ray(
-        "sketch", "--sketcher", "contours", "--photos", f"{bucket}/more", "--out", f"{bucket}/drawn"
-    )
+@pytest.fixture
+def sweep(tmp_path, bucket):
+    """Runs a sweep over drawings and to a folder in the object store."""
+    there = f"{bucket}/{tmp_path.name}"
+    copy_tree(tiny_pairs(tmp_path / "pairs", train=8, val=4, hands=1), place(f"{there}/pairs"))
+    copy_tree(tiny_store(tmp_path / "photos", 8), place(f"{there}/photos"))
+    drawing = ("--photos", f"{there}/photos", "--out", f"{there}/pseudo")
+    sbir_ray("sketch", "--sketcher", "contours", *drawing)
     space, config = tmp_path / "space.toml", tmp_path / "base.toml"
     space.write_text('trains = "semi"\n[knob."loss.pseudo_weight"]\nrange = [0.1, 3.0]\n')
     config.write_text(to_toml(retrieval_config(4)))
 
-    def sweep(scheduler, trials, *more):
-        words = ["tune", str(space), "--pairs", f"{bucket}/eight", "--pseudo", f"{bucket}/drawn"]
-        words += ["--config", str(config), "--scheduler", scheduler, "--searcher", "random"]
-        words += ["--trials", str(trials), "--seeds", "1", "--parallel", "2", *more]
-        return sbir_ray(*words, "--out", f"{bucket}/sweep-{scheduler}")
+    def run(*more):
+        words = ["tune", str(space), "--pairs", f"{there}/pairs", "--pseudo", f"{there}/pseudo"]
+        words += ["--config", str(config), "--searcher", "random", "--seeds", "1"]
+        return sbir_ray(*words, *more, "--parallel", "2", "--out", f"{there}/sweep")
 
-    first = sweep("none", 1)
-    found = sweep("none", 2)
+    return run, place(f"{there}/sweep")
+
+
+@pytest.mark.slow
+def test_sweeps_lie_in_an_object_store_and_go_on_there(sweep):
+    run, out = sweep
+    first = run("--scheduler", "none", "--trials", "1")
+    found = run("--scheduler", "none", "--trials", "2")
     assert [one["status"] for one in found["trials"]] == ["done", "done"]
     assert found["trials"][0]["evaluations"] == first["trials"][0]["evaluations"]
-    out = place(f"{bucket}/sweep-none")
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     assert "pseudo_weight" in (out / "best.toml").read_text()
     assert not (out / "ray").exists()
-    with pytest.raises(UserError, match="too often for an object store; choose an --out in"):
-        sweep("pbt", 4, "--set", "optim.schedule=constant")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_populations_hand_on_their_networks_in_an_object_store(sweep):
+    run, out = sweep
+    short = ("--set", "optim.schedule=constant", "--set", "optim.steps=2")
+    found = run("--scheduler", "pbt", "--trials", "4", *short)
+    assert [one["status"] for one in found["trials"]] == ["done"] * 4
+    assert any(one["changes"] for one in found["trials"])
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.slow

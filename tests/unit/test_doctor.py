@@ -19,7 +19,6 @@ from sbir_ray.doctor import (
     ready,
 )
 from sbir_ray.errors import UserError
-from sbir_ray.places import place
 from sbir_ray.runlog import versions
 from sbir_ray.stream import cluster
 from sbir_ray.stream.fit import Group, Node, request_of
@@ -162,20 +161,6 @@ def test_what_can_never_fit_is_refused_before_ray_is_started(tmp_path, monkeypat
     assert isinstance(result.exception, UserError), result.output
     assert line in str(result.exception)
     assert "what would fit: " in str(result.exception)
-
-
-def test_a_population_in_an_object_store_is_refused_before_ray_is_started(tmp_path, monkeypatch):
-    tiny_pairs(tmp_path / "pairs")
-    tiny_store(tmp_path / "photos", 2)
-    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
-    schedules = SPACE.with_name("schedules.toml")
-    words = ["tune", str(schedules), "--pairs", str(tmp_path / "pairs"), "--scheduler", "pbt"]
-    words += ["--photos", str(tmp_path / "photos"), "--set", "optim.schedule=constant"]
-    words += ["--out", "memory://sweeps/a"]
-    result = CliRunner().invoke(cli, words)
-    assert isinstance(result.exception, UserError), result.output
-    assert "choose an --out in a file system that all nodes share" in str(result.exception)
-    assert not place("memory://sweeps/a").exists()
 
 
 @pytest.fixture
