@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -106,11 +107,6 @@ class RetrievalTask(OnePlayer):
             )
         if "teacher" in job.inputs and self.config.loss.distill != "none":
             self.teacher = load_retrieval(place(job.inputs["teacher"])).model.to(device)
-            if self.teacher.config.image_size != size:
-                raise UserError(
-                    f"{job.inputs['teacher']}: its image_size is "
-                    f"{self.teacher.config.image_size}; set model.image_size to it"
-                )
 
     def batch(self, step: int) -> RetrievalBatch:
         """See :class:`Task`."""
@@ -219,8 +215,9 @@ class RetrievalTask(OnePlayer):
         half = self.device.type == "cuda" or self.config.cpu_bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             images = torch.cat([batch.photo_bCSS, batch.extra_nCSS]).to(self.device)
-            photos = model.embed_photos(images)
-            sketches = model.embed_sketches(batch.sketch_bSS.to(self.device))
+            size = model.config.image_size
+            photos = model.embed_photos(resized(images, size))
+            sketches = model.embed_sketches(resized(batch.sketch_bSS.to(self.device), size))
         own = len(batch.photo_bCSS)
         self.ranks.watch(batch.photo_ids, photos[:own], sketches, batch.certainty_b)
         gather = self._gatherer(batch.labelled)
@@ -258,6 +255,15 @@ def _pseudo_pairs(folder: str, config: RetrievalTraining) -> PseudoSet:
     if not found.photo_ids:
         raise UserError(f"{folder}: no pseudo pair was kept; see its ledger, and filters")
     return found
+
+
+def resized(picture_NSS: Tensor, size: int) -> Tensor:
+    """Pictures (N, ..., size, size), uint8, for a teacher that was trained at another size."""
+    if picture_NSS.shape[-1] == size:
+        return picture_NSS
+    flat_N1SS = picture_NSS.flatten(0, -3)[:, None].float()
+    scaled_N1SS = F.interpolate(flat_N1SS, (size, size), mode="bilinear", antialias=True)
+    return scaled_N1SS.round().to(torch.uint8).view(*picture_NSS.shape[:-2], size, size)
 
 
 def one_column_each(id_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sbir_ray import plots
 from sbir_ray.places import write_bytes
-from sbir_ray.tuning.records import DEFAULT
+from sbir_ray.tuning.records import DEFAULT, SPEED
 from sbir_ray.tuning.space import Knob, Value, shown
 
 _TOP, _BOTTOM, _APART, _MARGIN = 56, 276, 150, 70
@@ -60,8 +60,22 @@ def headline(values: Mapping[str, Any]) -> str:
     return (
         f"{text}. With {len(confirmed['seeds'])} other seeds it changes the default's {metric} by "
         f"{_signed(gain['mean'])} points (95% interval {_signed(low)} to {_signed(high)}): "
-        f"{verdict}."
+        f"{verdict}.{_price(best, trials[DEFAULT])}"
     )
+
+
+def _price(best: Mapping[str, Any], default: Mapping[str, Any]) -> str:
+    """What the best configuration costs, where it is much slower."""
+    step, plain = _seconds(best), _seconds(default)
+    if step is None or plain is None or step < 1.5 * plain:
+        return ""
+    return f" A step of it takes {step / plain:.1f} times as long."
+
+
+def _seconds(trial: Mapping[str, Any]) -> float | None:
+    """Of a step, evaluations among them; None where none was made or an older sweep tells none."""
+    speed = trial["evaluations"][-1].get(SPEED) if trial["evaluations"] else None
+    return 1 / speed if speed else None
 
 
 def write_page(out: Path, values: Mapping[str, Any]) -> Path:
@@ -126,6 +140,7 @@ def _row(trial: Mapping[str, Any], metric: str) -> dict[str, Any]:
         **trial,
         "score": None if last is None else last[metric],
         "step": 0 if last is None else int(last["step"]),
+        "seconds": _seconds(trial),
         "fate": fate,
     }
 

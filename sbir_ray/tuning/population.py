@@ -20,9 +20,18 @@ from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.places import arrow_file_system, place
 from sbir_ray.runlog import Progress, write_json_atomic
 from sbir_ray.strict import digest
-from sbir_ray.tuning.records import DEFAULT, Trials, checked, trial_folder
+from sbir_ray.tuning.records import DEFAULT, Trials, trial_folder
 from sbir_ray.tuning.space import Knob, Space, Value, with_knobs
-from sbir_ray.tuning.trial import CHANGES, SCORE, Phase, TrialSpec, job_of, measure, telling
+from sbir_ray.tuning.trial import (
+    CHANGES,
+    SCORE,
+    Phase,
+    TrialSpec,
+    job_of,
+    last_evaluation,
+    measure,
+    telling,
+)
 
 PHASES = "phases.json"
 """File of a trial's folder: the phases of its network, with those of other trials before it took
@@ -162,7 +171,7 @@ def run_phases(spec: TrialSpec, config: Mapping[str, Any]) -> None:
             (result,) = train([job], workers=spec.workers, gpu=spec.gpu, cpus_per_worker=spec.cpus)
             if not result:
                 raise UserError(f"{job.inputs['pairs']}: no sketches in val to choose by")
-            evaluation = checked({"step": end, **result}, run)
+            evaluation = last_evaluation(place(run))
             phases.append(
                 {"end": end, "knobs": knobs, "number": number, "run": run, "result": evaluation}
             )

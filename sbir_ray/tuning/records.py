@@ -20,6 +20,7 @@ DEFAULT = 0
 """Number of the trial that turns no knob."""
 METRICS = ("acc@1", "acc@5", "acc@10", "mAP")
 """What may be searched for, in [0, 1], larger is better."""
+SPEED = "steps_per_second"
 
 
 @dataclass(slots=True)
@@ -34,7 +35,7 @@ class Trial:
     others were better at the same step; ``failed``, or ``refused`` where no other try could mend
     it: see ``failures``."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
-    """On the validation split: ``step`` and the metrics."""
+    """On the validation split: ``step``, the metrics, and ``steps_per_second`` until then."""
     failures: list[str] = field(default_factory=list)
     """Why it failed, each time."""
     changes: list[dict[str, Any]] = field(default_factory=list)
@@ -177,7 +178,7 @@ def best(trials: Sequence[Trial], metric: str) -> Trial | None:
 
 
 def checked(evaluation: Mapping[str, Any], where: str) -> dict[str, float]:
-    """``step`` and the metrics of a line of ``metrics.jsonl``.
+    """``step``, the metrics and the speed of a line of ``metrics.jsonl``.
 
     Raises:
         SbirError: a metric is missing or not a finite number, so that it can never be the best.
@@ -188,4 +189,4 @@ def checked(evaluation: Mapping[str, Any], where: str) -> dict[str, float]:
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise SbirError(f"{where}: {name} at step {evaluation['step']} is {value}, no number")
         found[name] = float(value)
-    return found
+    return {**found, SPEED: float(evaluation[SPEED])}

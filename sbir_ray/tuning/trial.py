@@ -162,7 +162,7 @@ def _trained(spec: TrialSpec, job: Job) -> Iterator[dict[str, float]]:
         (result,) = training.result()
     if not result:
         raise UserError(f"{job.inputs['pairs']}: no sketches in val to choose by")
-    last = checked({"step": spec.steps, **result}, str(run))
+    last = last_evaluation(run)
     measure(job, run.parent, spec.gpu)
     yield last
 
@@ -171,6 +171,11 @@ def measure(job: Job, folder: Path, gpu: bool) -> None:
     """Write how each validation query does at the end of a training into the trial's folder."""
     out = str(folder / FOUND)
     Measure("found", job.out, job.inputs["pairs"], "val", "", out).perform(gpu)
+
+
+def last_evaluation(run: Path) -> dict[str, float]:
+    """That of a training at its end; raises as :func:`checked`."""
+    return checked(evaluations(run / "metrics.jsonl")[-1], str(run))
 
 
 def evaluations(log: Path) -> list[dict[str, Any]]:

@@ -5,15 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from sbir_ray.config import AugmentConfig, ChoiceConfig, FilterConfig
+from sbir_ray.config import AugmentConfig, ChoiceConfig, FilterConfig, RetrievalConfig
 from sbir_ray.data import photos, raster, strokes
 from sbir_ray.data.pairs import PairSet, new_pairs
 from sbir_ray.errors import UserError
 from sbir_ray.train import retrieval_task
 from sbir_ray.train.job import Job, pseudo_folders, pseudo_inputs
+from sbir_ray.train.loop import fit
 from sbir_ray.train.ranks import Ranks
-from sbir_ray.train.retrieval_task import number_of
+from sbir_ray.train.retrieval_task import number_of, resized
 from sbir_ray.train.tasks import build
 from tests.tiny import NO_CHANGE, generator_config, photo, retrieval_config, sketch, tiny_pairs
 from tests.tiny_pseudo import pseudo_row, tiny_pseudo
@@ -137,6 +139,26 @@ def test_of_a_photo_in_several_folders_one_drawing_is_taken_each_time(tmp_path, 
     assert {0.1, 1.0} <= {round(float(one), 3) for one in certainties}
     batch = task.batch(0)
     assert len(set(batch.photo_ids)) == len(batch.photo_ids)
+
+
+def test_a_teacher_sees_the_pictures_at_the_size_it_was_trained_at(tmp_path, pairs):
+    large = retrieval_config(steps=1, model=RetrievalConfig(weights="none", image_size=96, grid=2))
+    fit(
+        Job("retrieval", str(tmp_path / "large"), large, {"pairs": str(pairs)}), Ranks(), CPU, print
+    )
+    task = task_of("retrieval", retrieval_config(), pairs=pairs, teacher=tmp_path / "large")
+    batch = task.batch(0)
+    seen = []
+    for module in (task.teacher, task.model):
+        module.backbone.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[-1]))
+    assert torch.isfinite(task.losses(batch, 0)["distill"])
+    assert seen == [64, 64, 96, 96]
+    larger = resized(batch.photo_bCSS, 96)
+    assert larger.shape == (4, 3, 96, 96)
+    assert larger.dtype == torch.uint8
+    for small, large in zip(batch.photo_bCSS.flatten(0, 1), larger.flatten(0, 1), strict=True):
+        by_pillow = Image.fromarray(small.numpy()).resize((96, 96), Image.Resampling.BILINEAR)
+        assert np.abs(np.asarray(by_pillow).astype(int) - large.numpy()).max() <= 1
 
 
 def test_half_precision_is_refused_where_the_cpu_has_none(monkeypatch, pairs):

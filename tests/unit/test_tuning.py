@@ -13,7 +13,7 @@ from sbir_ray.errors import DamagedError, SbirError, UserError
 from sbir_ray.study.intervals import Found
 from sbir_ray.tuning.judgement import common_step, intervals, knob_effects, spearman
 from sbir_ray.tuning.page import headline, render, summary
-from sbir_ray.tuning.records import FOUND, METRICS, Trial, Trials, best, checked
+from sbir_ray.tuning.records import FOUND, METRICS, SPEED, Trial, Trials, best, checked
 from sbir_ray.tuning.request import Request, check
 from sbir_ray.tuning.search import Random, Search, Tpe, is_left
 from sbir_ray.tuning.space import Knob, Space, read_space
@@ -30,7 +30,7 @@ SPACE = Space(name="mine", trains="semi", knobs=KNOBS)
 
 
 def evaluation(step, value, m_ap=0.5):
-    return {"step": step, **dict.fromkeys(METRICS, value), "mAP": m_ap}
+    return {"step": step, **dict.fromkeys(METRICS, value), "mAP": m_ap, SPEED: 2.0}
 
 
 def trial(number, value, status="done", knobs=None, m_ap=0.5, steps=(4, 8)):
@@ -223,6 +223,11 @@ def test_the_page_says_what_was_found_whatever_it_is(tmp_path):
     assert "−2.0 points (95% interval −3.0 to −1.0): worse." in headline(worse)
     unsure = {**found, "confirmed": {**found["confirmed"], **rerun(0.02, -0.03, 0.05)}}
     assert "not distinguishable from it." in headline(unsure)
+    assert "<td>0.50</td>" in page
+    found["trials"][6]["evaluations"][-1][SPEED] = 0.8
+    assert headline(found).endswith("better. A step of it takes 2.5 times as long.")
+    del found["trials"][0]["evaluations"][-1][SPEED]  # of an older sweep
+    assert headline(found).endswith("better.")
 
 
 def test_the_page_without_a_rerun(tmp_path):
