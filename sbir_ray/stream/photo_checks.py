@@ -25,9 +25,9 @@ def accounts(store: Path, status: str = "", reason: str = "") -> Iterator[dict[s
     """The ledger's rows, or those of a status and a reason, in order.
 
     Raises:
-        UserError: not a photo store.
+        UserError: not a photo store that was ingested. DamagedError: a file is missing.
     """
-    photos.store_header(store)
+    _header(store)
     for table in read_ledger(store / "ledger.parquet"):
         for column, wanted in (("status", status), ("reason", reason)):
             if wanted:
@@ -64,9 +64,9 @@ def stats(store: Path) -> dict[str, Any]:
     """The header's account, and sizes counted from the shards' statistics.
 
     Raises:
-        UserError: not a photo store.
+        UserError: not a photo store that was ingested. DamagedError: a file is missing.
     """
-    header = photos.store_header(store)
+    header = _header(store)
     sides: dict[str, int] = {}
     for shard in photos.shards(store):
         table = pq.read_table(shard, columns=["width", "height"])
@@ -96,9 +96,9 @@ def verify(store: Path) -> dict[str, Any]:
         Counts of files and photos, and ``problems``, a line each.
 
     Raises:
-        UserError: not a photo store. DamagedError: a file is missing or no table.
+        UserError: not a photo store that was ingested. DamagedError: a file is missing or no table.
     """
-    header = photos.store_header(store)
+    header = _header(store)
     problems: list[str] = []
     try:
         said = pq.read_table(store / "shards.parquet").to_pylist()
@@ -122,6 +122,16 @@ def verify(store: Path) -> dict[str, Any]:
             f"{len(seen - kept)} others are"
         )
     return {"shards": len(said), "photos": len(seen), "problems": problems}
+
+
+def _header(store: Path) -> dict[str, Any]:
+    header = photos.store_header(store)
+    if source := header["settings"].get("part_of"):
+        raise UserError(f"{store}: photos that a study chose out of {source}; look into that one")
+    for name in ("ledger.parquet", "shards.parquet"):
+        if not (store / name).exists():
+            raise DamagedError(f"{store / name}: is missing; make the store anew")
+    return header
 
 
 def _count(store: Path) -> tuple[Ledger, set[bytes]]:

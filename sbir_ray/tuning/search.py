@@ -28,7 +28,7 @@ from sbir_ray.places import arrow_file_system
 from sbir_ray.runlog import Progress
 from sbir_ray.train.groups import give_back_of_the_dead
 from sbir_ray.tuning import request
-from sbir_ray.tuning.records import DEFAULT, FAILURE, METRICS, Trial, Trials
+from sbir_ray.tuning.records import DEFAULT, FAILURE, METRICS, SPEED, Trial, Trials
 from sbir_ray.tuning.space import Knob, Space, Value
 from sbir_ray.tuning.trial import CHANGES, REFUSED, SCORE, TrialSpec, run_trial
 
@@ -326,7 +326,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         found = self._of(trial)
         if REFUSED not in result and result["step"] > found.last_step:
             found.changes += result.get(CHANGES, [])
-            found.evaluations.append({name: result[name] for name in ("step", *METRICS)})
+            found.evaluations.append({name: result[name] for name in ("step", *METRICS, SPEED)})
             self.trials.keep(found.number)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:

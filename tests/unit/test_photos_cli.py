@@ -125,6 +125,14 @@ def test_verify_says_so_when_a_table_is_none(store: Path) -> None:
         verify(store)
 
 
+@pytest.mark.parametrize("command", ["ls", "stats", "verify"])
+def test_a_store_without_its_account_is_refused_in_a_line(store: Path, command: str) -> None:
+    (store / "ledger.parquet").unlink()
+    error = run(command, store).exception
+    assert isinstance(error, DamagedError)
+    assert str(error) == f"{store}/ledger.parquet: is missing; make the store anew"
+
+
 def test_ingest_wants_sources_or_none_with_retry_failed() -> None:
     for words in (["--out", "x"], ["a", "--retry-failed", "--out", "x"]):
         result = CliRunner().invoke(cli, ["ingest", *words])

@@ -22,7 +22,9 @@ from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.data.photos import read_store
 from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.joint_config import JointTraining, PolicyConfig, ScheduleConfig
+from sbir_ray.places import place
 from sbir_ray.runlog import Progress
+from sbir_ray.stream.photo_checks import stats
 from sbir_ray.strict import load, to_dict, to_toml
 from sbir_ray.study import studies
 from sbir_ray.study.data import Cell, part_of_pool, prepare
@@ -337,6 +339,8 @@ def test_parts_of_a_pool_are_nested_and_whole(tmp_path):
         for n in (5, 9)
     }
     assert len(headers) == 2
+    with pytest.raises(UserError, match=r"chose out of .*; look into that one"):
+        stats(place(part.pool))
     assert part_of_pool(tmp_path / "data", cell, 0).pool == ""
     with pytest.raises(UserError, match="--counts 13: only 12 photos are without a sketch"):
         part_of_pool(tmp_path / "data", cell, 13)
