@@ -34,7 +34,8 @@ class Deadly(WorkerGroupCallback):
                 ray.get(worker.get_metadata.remote())
 
 
-@pytest.mark.parametrize("when", ["setting up", pytest.param("set up", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["setting up", "set up"])
 def test_workers_that_die_while_they_start_leave_nothing_that_the_next_would_wait_for(
     tmp_path, cluster, monkeypatch, when
 ):

@@ -75,6 +75,7 @@ def test_a_fault_of_one_worker_ends_all_of_them_by_its_rank(tmp_path, cluster):
         train([job], workers=2, cpus_per_worker=1.0)
 
 
+@pytest.mark.slow
 def test_a_killed_learner_and_a_killed_generator_leave_an_account_that_adds_up(tmp_path, cluster):
     inputs = {
         "pairs": str(tiny_pairs(tmp_path / "pairs")),
