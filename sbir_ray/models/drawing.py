@@ -6,7 +6,7 @@ Shapes: B drawings, T rows of a drawing, M mixture components, K = 3 + 6 M outpu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,6 +86,11 @@ class Noise(NamedTuple):
         # A drawing that would end at once gets a point.
         end[:, 0] = -1.0
         return cls(choice, offset, end)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Noise]) -> Noise:
+        """The noise of all drawings of ``parts``, in their order."""
+        return cls(*(torch.cat(numbers) for numbers in zip(*parts, strict=True)))
 
 
 def row_log_prob(raw_BTK: Tensor, rows_BT5: Tensor) -> Tensor:

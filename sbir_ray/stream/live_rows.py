@@ -173,12 +173,9 @@ class LiveSketcher:
         gpu = self.device.type == "cuda"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=gpu):
             map_BCHW = self._maps(photo_ids, photos)
-            pseudo = self._drawings(map_BCHW, seeds, self.temperature)
+            count = self.samples if samples is None else samples
+            pseudo, *sampled = self._drawings(map_BCHW, seeds, count)
             certainty = self._certainty(photos, pseudo) if judged else [1.0] * len(pseudo)
-            sampled = [
-                self._drawings(map_BCHW, [seed_of(seed, "sample", k) for seed in seeds], 1.0)
-                for k in range(self.samples if samples is None else samples)
-            ]
         rank = self._rank(photos, pseudo) if judged else [0] * len(pseudo)
         return [
             LiveRow(
@@ -217,17 +214,30 @@ class LiveSketcher:
         return found
 
     def _drawings(
-        self, map_BCHW: Tensor, seeds: Sequence[int], temperature: float
-    ) -> list[Drawing]:
+        self, map_BCHW: Tensor, seeds: Sequence[int], samples: int
+    ) -> list[list[Drawing]]:
+        """The pseudo sketches of the photos, then so many times a sample of each.
+
+        All together, as a decoder's block costs the same however few drawings fill it.
+        """
+        import torch
+
         from sbir_ray.models.drawing import Noise
 
         config, block = self.generator.config, self.decoder.block
+        sampled = [[seed_of(seed, "sample", k) for seed in seeds] for k in range(samples)]
+        passes = [(seeds, self.temperature), *((own, 1.0) for own in sampled)]
+        noise = Noise.joined(
+            Noise.seeded(own, config.max_points + 1, config.mixtures, temperature)
+            for own, temperature in passes
+        )
+        photo_of_B = torch.arange(len(seeds), device=self.device).repeat(len(passes))
         drawings: list[Drawing] = []
-        for start in range(0, len(seeds), block):
+        for start in range(0, len(photo_of_B), block):
             part = slice(start, start + block)
-            noise = Noise.seeded(seeds[part], config.max_points + 1, config.mixtures, temperature)
-            drawings += self.decoder.draw(map_BCHW[part], noise)
-        return drawings
+            own = Noise(*(numbers[part] for numbers in noise))
+            drawings += self.decoder.draw(map_BCHW[photo_of_B[part]], own)
+        return [drawings[i : i + len(seeds)] for i in range(0, len(drawings), len(seeds))]
 
     def _certainty(self, photos: Sequence[Photos], drawings: Sequence[Drawing]) -> list[float]:
         import torch
