@@ -7,7 +7,7 @@ traced, teach it to follow what it sees: rows of both kinds train it, and it is 
 is.
 
 Shapes: B drawings, T rows, D width, H heads, N = 8 x 8 cells of the photo, C channels of the
-backbone's map, L of the photo around the pen, P places around it, G = 32 x 32 places of the ink,
+backbone's map, L of the photo around the pen, P places around it, G = I x I = 32 x 32 places of the ink,
 K = 3 + 6 M outputs. Positions are canvas units.
 """
 
@@ -68,7 +68,7 @@ class PenNet(nn.Module):
 
     near_P2: Tensor
     cells_N2: Tensor
-    ink_G2: Tensor
+    ink_I: Tensor
 
     def __init__(self, config: GeneratorConfig, channels: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class PenNet(nn.Module):
         near_P2 = torch.cat([_NEAR * raster_P2, _FAR * raster_P2])
         self.register_buffer("near_P2", near_P2, persistent=False)
         self.register_buffer("cells_N2", _centres(CELLS), persistent=False)
-        self.register_buffer("ink_G2", _centres(INK), persistent=False)
+        self.register_buffer("ink_I", _along(INK), persistent=False)
         waves = 4 * _WAVES
         self.patch = nn.Linear(len(near_P2) * (LOCAL + 1), width)
         self.token = nn.Linear(5 + 2 * waves + 2 + 2, width)
@@ -165,13 +165,21 @@ class PenNet(nn.Module):
         return [block for block in self.blocks if isinstance(block, Block)]
 
     def inked(self, from_BT2: Tensor, to_BT2: Tensor, down_BT: Tensor) -> Tensor:
-        """The ink (B, T, G) of segments, where the pen was down."""
-        along_BT12 = (to_BT2 - from_BT2)[:, :, None]
-        rel_BTG2 = self.ink_G2 - from_BT2[:, :, None]
-        length_BT1 = along_BT12.square().sum(3).clamp(min=1e-6)
-        share_BTG = ((rel_BTG2 * along_BT12).sum(3) / length_BT1).clamp(0, 1)
-        far_BTG = (rel_BTG2 - share_BTG[..., None] * along_BT12).square().sum(3)
-        return torch.exp(far_BTG / (-2 * _INK_SIGMA**2)) * down_BT[..., None]
+        """The ink (B, T, G) of segments, where the pen was down.
+
+        Each coordinate by itself, as long as it is that of a column or a row of places alone.
+        """
+        x_BT11, y_BT11 = from_BT2[..., None, None].unbind(2)
+        along_x_BT11, along_y_BT11 = (to_BT2 - from_BT2)[..., None, None].unbind(2)
+        rel_x_BT1I, rel_y_BTI1 = self.ink_I - x_BT11, self.ink_I[:, None] - y_BT11
+        length_BT11 = (along_x_BT11.square() + along_y_BT11.square()).clamp(min=1e-6)
+        dot_BTII = rel_x_BT1I * along_x_BT11 + rel_y_BTI1 * along_y_BT11
+        share_BTII = (dot_BTII / length_BT11).clamp(0, 1)
+        far_x_BTII = rel_x_BT1I - share_BTII * along_x_BT11
+        far_y_BTII = rel_y_BTI1 - share_BTII * along_y_BT11
+        far_BTII = far_x_BTII.square() + far_y_BTII.square()
+        ink_BTII = torch.exp(far_BTII / (-2 * _INK_SIGMA**2)) * down_BT[..., None, None]
+        return ink_BTII.flatten(2)
 
 
 class Block(nn.Module):
@@ -327,9 +335,14 @@ class PenGenerator(Generator):
         )
 
 
+def _along(side: int) -> Tensor:
+    """The centres (side,) of a raster over the canvas along one of its sides."""
+    return (torch.arange(side) + 0.5) * (CANVAS / side)
+
+
 def _centres(side: int) -> Tensor:
     """The centres (side * side, 2) of a raster over the canvas, row by row."""
-    place = (torch.arange(side) + 0.5) * (CANVAS / side)
+    place = _along(side)
     return torch.cartesian_prod(place, place).flip(1)
 
 

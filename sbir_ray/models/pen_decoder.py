@@ -67,7 +67,7 @@ class PenDecoder:
         row_B5 = code.new_tensor(PEN_START).expand(batch, 5)
         place_B2 = code.new_full((batch, 2), CENTRE)
         start_B2 = place_B2
-        ink_BG = code.new_zeros(batch, len(net.ink_G2))
+        ink_BG = code.new_zeros(batch, len(net.ink_I) ** 2)
         odds_B1 = code.new_ones(batch, 1)
         human_B = torch.zeros(batch, dtype=torch.long, device=self.device)
         for t in range(steps):
