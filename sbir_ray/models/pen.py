@@ -203,7 +203,8 @@ class Block(nn.Module):
     def memory(self, memory_BND: Tensor) -> Pair:
         """Keys and values (B, H, N, D / H) of the photo."""
         key, value = self.photo_in(memory_BND).chunk(2, 2)
-        return self._split(key), self._split(value)
+        # Laid out once as the product of each row needs them.
+        return self._split(key).contiguous(), self._split(value).contiguous()
 
     def forward(
         self,
