@@ -86,7 +86,7 @@ def _example(cls: type[Any]) -> str:
         settings.GeneratorTraining: "model.backbone=mobilenetv2",
         settings.IngestConfig: "longest=256",
         settings.SketchConfig: "filters.min_certainty=0.3",
-        JointTraining: "policy.weight=0.2",
+        JointTraining: "policy.kind=reinforce",
     }
     return examples[cls]
 

@@ -123,7 +123,7 @@ def joint_config(**changes: object) -> JointTraining:
     settings: dict[str, object] = {
         "retrieval": retrieval_config(),
         "generator": generator_config(),
-        "policy": PolicyConfig(batch_size=2),
+        "policy": PolicyConfig(kind="reinforce", batch_size=2),
         "schedule": ScheduleConfig(steps=4, retrieval_steps=2, generator_steps=1),
         "stream": StreamConfig(sync=True),
         "save": SaveConfig(log_every=1, checkpoint_every=2),

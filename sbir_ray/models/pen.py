@@ -7,8 +7,8 @@ traced, teach it to follow what it sees: rows of both kinds train it, and it is 
 is.
 
 Shapes: B drawings, T rows, D width, H heads, N = 8 x 8 cells of the photo, C channels of the
-backbone's map, L of the photo around the pen, P places around it, G = I x I = 32 x 32 places of the ink,
-K = 3 + 6 M outputs. Positions are canvas units.
+backbone's map, L of the photo around the pen, P places around it, G = I x I places of the ink
+(I = 32), K = 3 + 6 M outputs. Positions are canvas units.
 """
 
 from __future__ import annotations

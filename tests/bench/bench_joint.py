@@ -68,6 +68,7 @@ TINY = (
     "generator.discriminator.channels=8",
     "generator.discriminator.layers=2",
     "generator.optim.batch_size=4",
+    "policy.kind=reinforce",
     "policy.batch_size=2",
 )
 # G and D of recipes/paper-generator.toml, with few rows a step: F and a step's rows are so small
@@ -87,11 +88,12 @@ PAPER = (
     "generator.discriminator.image_size=256",
     "generator.discriminator.batch_size=2",
     "generator.discriminator.plain=true",
+    "policy.kind=reinforce",
     "policy.batch_size=2",
 )
 SIZES: Mapping[str, Sequence[str]] = {
     "tiny": TINY,
-    "default": (),
+    "default": ("policy.kind=reinforce",),
     "paper": PAPER,
     "paper-frozen": (*PAPER, "generator.model.train_backbone=false"),
 }

@@ -114,7 +114,7 @@ def test_photos_serve_as_further_negatives_if_asked(world, tmp_path):
 
 
 def test_rewards_and_ratios_are_what_a_loop_over_the_drawings_finds(world, tmp_path):
-    policy = PolicyConfig(baseline="greedy", batch_size=2, retrieval_weight=0.7)
+    policy = PolicyConfig(kind="reinforce", baseline="greedy", batch_size=2, retrieval_weight=0.7)
     schedule = ScheduleConfig(steps=2, retrieval_steps=1, generator_steps=1)
     job = job_of(tmp_path / "a", world, policy=policy, schedule=schedule)
     Path(job.out).mkdir()

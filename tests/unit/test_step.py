@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sbir_ray.config import OptimConfig
-from sbir_ray.joint_config import PolicyConfig, ScheduleConfig
+from sbir_ray.joint_config import ScheduleConfig
 from sbir_ray.train import joint_task, loop
 from sbir_ray.train.job import Job
 from sbir_ray.train.loop import fit
@@ -150,7 +150,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_named(tmp_path):
     pairs = {"pairs": str(tiny_pairs(tmp_path / "pairs"))}
     photos = {"photos": str(tiny_store(tmp_path / "photos", 6))}
     schedule = ScheduleConfig(steps=4, retrieval_steps=2, generator_steps=1)
-    config = joint_config(policy=PolicyConfig(batch_size=2), schedule=schedule)
+    config = joint_config(schedule=schedule)
     every = joint_jobs(str(tmp_path / "run"), config, {**pairs, **photos})
     for job in every[:-1]:
         fit(job, Ranks(), CPU, lambda _: None)

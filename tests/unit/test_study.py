@@ -41,7 +41,7 @@ PAPER = {
     f"generator.{name}" for name in ("model.kind", "optim.lr", "optim.weight_decay", "optim.steps")
 }
 ALL_JOINT = ["full", "no-weighting", "no-teacher", "paper-generator", "no-attention"]
-ALL_JOINT += ["no-policy", "policy-soft", "policy-both"]
+ALL_JOINT += ["policy-reinforce", "policy-soft", "policy-both"]
 
 
 def cells(seeds=(0,), labels=0.4, pool="pool", photos=60):
@@ -145,7 +145,7 @@ def test_each_variant_differs_in_what_it_says_and_nothing_else(tmp_path):
         "no-teacher": {"retrieval.loss.distill"},
         "paper-generator": PAPER,
         "no-attention": {"generator.model.attend", *PAPER},
-        "no-policy": {"policy.kind"},
+        "policy-reinforce": {"policy.kind"},
         "policy-soft": {"policy.kind"},
         "policy-both": {"policy.kind"},
     }
@@ -233,13 +233,13 @@ def test_labels_have_all_controls_at_each_share_with_photos(tmp_path):
 
 
 def test_chosen_rows_of_a_share_are_compared_with_the_one_that_is_asked_for(tmp_path):
-    names = ("supervised", "negatives", "no-policy", "mixed")
+    names = ("supervised", "negatives", "policy-reinforce", "mixed")
     found = studies.labels(plan_of(tmp_path), cells(labels=0.2), names, "negatives")
     assert [(row.name, row.baseline) for row in found] == [
         ("supervised-0.2", "negatives-0.2"),
         ("negatives-0.2", ""),
         ("mixed-0.2", "negatives-0.2"),
-        ("no-policy-0.2", "negatives-0.2"),
+        ("policy-reinforce-0.2", "negatives-0.2"),
     ]
 
 
