@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sbir_ray.data.pairs import Split, iter_sketches, read_header
+from sbir_ray.data.pairs import Split, content_digest, iter_sketches, read_header
 from sbir_ray.data.photos import read_store
 from sbir_ray.errors import UserError
 from sbir_ray.joint_config import JointTraining
@@ -68,7 +68,7 @@ class Request:
         or, where they are what is studied, shares of labels are more runs, and change none."""
         return {
             "study": self.study,
-            "pairs": [marked(pairs, "pairs.json") for pairs in self.pairs],
+            "pairs": [marked_pairs(pairs) for pairs in self.pairs],
             "photos": None if self.photos is None else marked(self.photos, "store.json"),
             "labels": None if self.study == "labels" else list(self.labels),
             "split": self.split,
@@ -98,6 +98,11 @@ def marked(folder: Path, marker: str) -> list[str]:
     file = folder / marker
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
     return [str(folder.resolve()), digest]
+
+
+def marked_pairs(folder: Path) -> list[str]:
+    """The same for a PAIRS folder, by what is in it."""
+    return [str(folder.resolve()), content_digest(folder)]
 
 
 def run_study(

@@ -13,7 +13,7 @@ from sbir_ray.data.photos import read_store
 from sbir_ray.errors import UserError
 from sbir_ray.joint_config import JointTraining
 from sbir_ray.strict import to_dict
-from sbir_ray.study.run import marked
+from sbir_ray.study.run import marked, marked_pairs
 from sbir_ray.tuning.space import Space, with_knobs
 
 Training = RetrievalTraining | JointTraining
@@ -49,7 +49,7 @@ class Request:
         """What decides the numbers of a trial, as plain values; not how many trials or seeds."""
         return {
             "space": self.space.to_json(),
-            "pairs": marked(self.pairs, "pairs.json"),
+            "pairs": marked_pairs(self.pairs),
             "photos": None if self.photos is None else marked(self.photos, "store.json"),
             "pseudo": None if self.pseudo is None else marked(self.pseudo, "pseudo.json"),
             "teacher": None if self.teacher is None else str(self.teacher.resolve()),

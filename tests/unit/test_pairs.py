@@ -20,6 +20,7 @@ from sbir_ray.data.pairs import (
     PairSet,
     SketchRow,
     Split,
+    content_digest,
     iter_photos,
     new_pairs,
     read_header,
@@ -115,6 +116,17 @@ def test_splits_share_no_photo_and_no_sketch(twenty: Path) -> None:
     assert sum(map(len, ids)) == len(set.union(*ids))
     assert {row["photo_id"] for row in iter_photos(twenty, {"train"})} <= ids[0]
     assert len(list(iter_photos(twenty))) == 20
+
+
+def test_folders_of_the_same_counts_are_told_apart_by_content(tmp_path: Path) -> None:
+    first, again, other, split = (tmp_path / name for name in ("first", "again", "other", "split"))
+    splits: dict[int, Split] = {0: "train", 1: "train", 2: "val", 3: "val"}
+    folder_of(first, splits, lambda n: 2)
+    folder_of(again, splits, lambda n: 2)
+    folder_of(other, {0: "train", 1: "train", 2: "val", 4: "val"}, lambda n: 2)
+    folder_of(split, {0: "val", 1: "train", 2: "train", 3: "val"}, lambda n: 2)
+    assert content_digest(first) == content_digest(again)
+    assert len({content_digest(folder) for folder in (first, other, split)}) == 3
 
 
 def test_a_drawing_is_loaded_as_aligned_ink(tmp_path: Path) -> None:
