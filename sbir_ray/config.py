@@ -309,6 +309,14 @@ class GeneratorTraining:
     )
     save: SaveConfig = field(default_factory=SaveConfig)
 
+    def __post_init__(self) -> None:
+        first, all_ = self.model.pen.contour_steps, self.optim.steps
+        if self.model.kind == "pen" and first >= all_:
+            raise ValueError(
+                f"model.pen.contour_steps: {first} of optim.steps={all_} leave none for people's "
+                "sketches; set less"
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebConfig:

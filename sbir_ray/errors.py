@@ -22,6 +22,11 @@ class UserError(SbirError):
     exit_code = 2
 
 
+class UnavailableError(UserError):
+    """Something outside the program is not to be had now (a store that does not answer, a folder
+    that another process writes, a node): the same command may do without a change later."""
+
+
 class DamagedError(SbirError):
     """A file that this program wrote is incomplete or was changed: the message says which."""
 
@@ -37,5 +42,5 @@ class StoppedError(SbirError):
 def by_name(name: str) -> type[SbirError]:
     """The kind of an error that another process raised; that of one that is not known here is
     :class:`SbirError`."""
-    kinds: list[type[SbirError]] = [UserError, DamagedError, StoppedError]
+    kinds: list[type[SbirError]] = [UserError, UnavailableError, DamagedError, StoppedError]
     return next((kind for kind in kinds if kind.__name__ == name), SbirError)

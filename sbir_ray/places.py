@@ -24,12 +24,13 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 from upath import UPath
 
-from sbir_ray.errors import SbirError, UserError
+from sbir_ray.errors import SbirError, UnavailableError, UserError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _PACKAGES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """The optional dependencies that a scheme needs."""
 _CREDENTIALS = ("NoCredentials", "PartialCredentials", "CredentialRetrieval", "DefaultCredentials")
+_SILENT = "the store does not answer; see the network, and AWS_ENDPOINT_URL if it is set"
 _UNREACHABLE = ("EndpointConnection", "ConnectTimeout", "ClientConnector", "ConnectionClosed")
 
 
@@ -92,7 +93,8 @@ def told(path: Path) -> Iterator[None]:
     """Faults of an object store, met in the block, as one line that names ``path`` and the fix.
 
     Raises:
-        UserError: no credentials, no permission, no such bucket, or the store does not answer.
+        UserError: no credentials, no permission, no such bucket, or, an :class:`UnavailableError`,
+            the store does not answer.
     """
     try:
         yield
@@ -102,7 +104,8 @@ def told(path: Path) -> Iterator[None]:
         line = None if is_local(path) else _explained(error)
         if line is None:
             raise
-        raise UserError(f"{path}: {line}") from error
+        kind = UnavailableError if line == _SILENT else UserError
+        raise kind(f"{path}: {line}") from error
 
 
 def _explained(error: BaseException) -> str | None:
@@ -118,7 +121,7 @@ def _explained(error: BaseException) -> str | None:
     if any(name in names for name in _UNREACHABLE) or isinstance(
         error, (ConnectionError, TimeoutError)
     ):
-        return "the store does not answer; see the network, and AWS_ENDPOINT_URL if it is set"
+        return _SILENT
     if isinstance(error, FileNotFoundError) and "bucket" in str(error).lower():
         return "there is no such bucket; make it or correct its name"
     return None

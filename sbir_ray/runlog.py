@@ -21,7 +21,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 import sbir_ray
-from sbir_ray.errors import DamagedError, UserError
+from sbir_ray.errors import DamagedError, UnavailableError, UserError
 from sbir_ray.places import is_local, remove_tree, sync, told, write_bytes
 
 # --------------------------------------------------------------------------- ledgers
@@ -300,7 +300,7 @@ def locked(folder: Path) -> Iterator[None]:
     store has no locks: there nothing is refused.
 
     Raises:
-        UserError: another process has it.
+        UnavailableError: another process has it.
     """
     if not is_local(folder):
         yield
@@ -310,7 +310,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
+            raise UnavailableError(
                 f"{folder}: another process is writing it; wait for it or stop it"
             ) from error
         yield

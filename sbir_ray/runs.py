@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,17 @@ def load_discriminator(run: Path, folder: Path | None = None) -> Trained[PairDis
     return _restored(run, PairDiscriminator(config), record, "discriminator", folder)
 
 
+def weights_digest(run: Path) -> str:
+    """First 12 hex digits of the sha256 of a run's newest weights, a generator's with those of the
+    discriminator that goes with it; raises as :func:`load_retrieval`."""
+    weights = hashlib.sha256()
+    for part in (run, run / DISCRIMINATOR):
+        if part == run or part.exists():
+            found = checkpoint.load(part, with_optim=False, identity=read_run(part).get("digest"))
+            weights.update(_there(found, part).digest.encode())
+    return weights.hexdigest()[:12]
+
+
 def retrieval_config(record: dict[str, Any], run: Path) -> RetrievalConfig:
     """The retrieval network's settings in ``run.json``."""
     if record["kind"] == JOINT:
@@ -132,13 +144,18 @@ def _restored(
         found = checkpoint.load(run, with_optim=False, identity=identity)
     else:
         found = checkpoint.read(folder, with_optim=False, identity=identity)
-    if found is None:
-        raise UserError(f"{run}: has no checkpoint yet; let its training go on by the same command")
+    found = _there(found, run)
     start = f"{name}." if record["kind"] == JOINT else ""
     weights = {k.removeprefix(start): v for k, v in found.model.items() if k.startswith(start)}
     _fill(model, weights, found.path)
     model.eval()
     return Trained(model, found.step, found.digest, record)
+
+
+def _there(found: checkpoint.Checkpoint | None, run: Path) -> checkpoint.Checkpoint:
+    if found is None:
+        raise UserError(f"{run}: has no checkpoint yet; let its training go on by the same command")
+    return found
 
 
 def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:

@@ -160,10 +160,11 @@ _JUDGE = click.option(
 def ablation(**options: Any) -> None:
     """What each part of the method brings (the paper's Table 3), and what simpler ways do.
 
-    Rows: supervised, full (joint training), no-weighting, no-teacher, no-attention, no-joint,
-    vanilla (none of the four), policy-reinforce, policy-soft, policy-both (rewards for G),
-    negatives (photos as negatives alone), contours and edges (as pseudo sketches). All have as
-    many updates of F.
+    Rows: supervised, full (joint training), no-weighting, no-teacher, paper-generator (where the
+    generator is another), no-attention (of the paper's generator), no-joint, vanilla (none of the
+    four), no-policy, policy-reinforce, policy-soft, policy-both (other rewards for G than
+    policy.kind), negatives (photos as negatives alone), contours and edges (as pseudo sketches).
+    All have as many updates of F.
 
     Example: sbir-ray study ablation --pairs chairs --out studies/ablation --labels 0.4 --seeds 3
     """

@@ -156,7 +156,8 @@ def train_generator(
     "--begin",
     type=FOLDER,
     metavar="RUN",
-    help="Go on from the newest step of this run with other settings, in a run of its own.",
+    help="Go on from the newest step of this run with other settings, in a run of its own; "
+    "optim.steps counts the steps of that run too.",
 )
 @OUT
 @with_workers

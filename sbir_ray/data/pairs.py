@@ -180,15 +180,17 @@ def read_header(folder: str | Path) -> dict[str, Any]:
 def content_digest(folder: str | Path) -> str:
     """Tells one PAIRS folder from another by its photos, its sketches and their splits.
 
-    The header alone does not: two folds of one data set can have the same counts.
+    The header does not: two folds of one data set can have the same counts. Nor do ids: those of
+    sketches are names.
 
     Raises:
         UserError, DamagedError: as :func:`iter_photos`.
     """
     content = hashlib.sha256()
-    for table, columns in ((_PHOTOS, ["photo_id", "split"]), (_SKETCHES, ["sketch_id", "split"])):
-        for rows in _batches(folder, table, columns, 4096):
-            content.update(json.dumps(rows).encode())
+    drawn = [name for name in SKETCH_SCHEMA.names if name != "origin"]
+    for table, columns in ((_PHOTOS, ["photo_id", "split"]), (_SKETCHES, drawn)):
+        for rows in _batches(folder, table, columns, _SKETCH_ROWS):
+            content.update(repr(rows).encode())
     return content.hexdigest()[:12]
 
 

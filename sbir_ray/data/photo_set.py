@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sbir_ray.data.pairs import hash_of
-from sbir_ray.data.photos import align, decode_stored, read_store
-from sbir_ray.errors import UserError
+from sbir_ray.data.photos import align, chosen_rows, decode_stored, read_store
+from sbir_ray.errors import DamagedError, UserError
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,27 @@ class PhotoSet:
 
         Raises:
             UserError: not a photo store, or an empty one.
+            DamagedError: a picture cannot be read.
         """
-        images = {row["photo_id"]: row["image"] for row in read_store(folder)}
-        if not images:
+        if at_most is None:
+            rows: Iterable[Mapping[str, Any]] = read_store(folder)
+        else:
+            named = chosen_rows(
+                folder, at_most, lambda name: hash_of(seed, name), ("photo_id", "image")
+            )
+            rows = named.to_pylist()
+        found = {row["photo_id"]: _aligned(row, image_size, folder) for row in rows}
+        if not found:
             raise UserError(f"{folder}: holds no photo; see its ledger")
-        ids = sorted(images, key=lambda name: hash_of(seed, name))[:at_most]
-        ids.sort()
-        pixels = [align(decode_stored(images[name]), image_size) for name in ids]
-        return cls(ids, np.stack(pixels).transpose(0, 3, 1, 2))
+        ids = sorted(found)
+        return cls(ids, np.stack([found[name] for name in ids]))
+
+
+def _aligned(row: Mapping[str, Any], image_size: int, folder: Path) -> NDArray[np.uint8]:
+    try:
+        rgb = decode_stored(row["image"])
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DamagedError(
+            f"{folder}: photo {row['photo_id']} cannot be read ({error}); ingest again"
+        ) from error
+    return align(rgb, image_size).transpose(2, 0, 1)

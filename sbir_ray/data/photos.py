@@ -9,12 +9,14 @@ of :data:`REASONS`, so that rejected photos can be counted.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
 import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
@@ -33,7 +35,7 @@ from sbir_ray.data.decoding import check_bytes as check_bytes
 from sbir_ray.data.decoding import decode as decode
 from sbir_ray.data.decoding import encode, picture_of
 from sbir_ray.errors import UserError
-from sbir_ray.places import is_local, open_table, place
+from sbir_ray.places import is_local, open_table, place, read_table
 from sbir_ray.strict import check_schema
 
 Grey = npt.NDArray[np.uint8]
@@ -249,6 +251,31 @@ def store_header(folder: str | Path) -> dict[str, Any]:
 def shards(folder: str | Path) -> list[Path]:
     """The Parquet files of a PHOTOS folder, in order."""
     return sorted((place(folder) / "shards").glob("part-*.parquet"))
+
+
+def chosen_rows(
+    folder: str | Path, at_most: int, key: Callable[[str], Any], columns: Sequence[str]
+) -> pa.Table:
+    """The rows of a PHOTOS folder whose ids have the smallest keys, in the order of their ids.
+
+    Ids are read first, and then a file at a time, so the store may be of any size.
+
+    Raises:
+        UserError: as :func:`read_store`.
+    """
+    store_header(folder)
+    places = (
+        (key(name), name, file, row)
+        for file in shards(folder)
+        for row, name in enumerate(read_table(file, columns=["photo_id"])[0].to_pylist())
+    )
+    rows_of: dict[Path, list[int]] = defaultdict(list)
+    for _, _, file, row in heapq.nsmallest(at_most, places):
+        rows_of[file].append(row)
+    found = [read_table(file, columns=columns).take(rows) for file, rows in sorted(rows_of.items())]
+    if not found:
+        return pa.schema([PHOTO_SCHEMA.field(name) for name in columns]).empty_table()
+    return pa.concat_tables(found).sort_by("photo_id")
 
 
 def read_rows(file: str | Path) -> Iterator[PhotoRow]:

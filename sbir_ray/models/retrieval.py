@@ -90,8 +90,8 @@ class RetrievalNet(nn.Module):
     def forward(self, raster_BSS: Tensor, photo_P3SS: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of sketches (B, D) and photos (P, D) in one pass.
 
-        One pass, because a batch of one kind alone would give batch normalisation statistics that
-        are met in training only, and because distributed training wants one call a step.
+        For batch normalisation that is not frozen: a batch of one kind alone would give it
+        statistics that are met in training only.
         """
         assert photo_P3SS.dtype == torch.uint8, photo_P3SS.dtype
         both = torch.cat([_black_on_white(raster_BSS), photo_P3SS])

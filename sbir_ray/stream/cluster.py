@@ -20,7 +20,7 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.data import DataContext
 from ray.exceptions import RayError
 
-from sbir_ray.errors import UserError
+from sbir_ray.errors import UnavailableError, UserError
 from sbir_ray.stream.fit import Node, Request, shortfall
 
 LEAST_CPUS = 4
@@ -126,11 +126,11 @@ def ensure_request(found: Sequence[Node], request: Request) -> None:
     """Refuse what could never be placed all at once; Ray itself would wait for ever.
 
     Raises:
-        UserError: it does not fit; the line says what would.
+        UnavailableError: it does not fit; the line says what would.
     """
     line = shortfall(found, request)
     if line is not None:
-        raise UserError(line)
+        raise UnavailableError(line)
 
 
 def ensure_fits(

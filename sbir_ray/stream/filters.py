@@ -7,7 +7,6 @@ the length of an embedding. torch is loaded by the teacher alone.
 from __future__ import annotations
 
 import hashlib
-import heapq
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,12 +19,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sbir_ray.config import FilterConfig
-from sbir_ray.data.photos import align, decode_stored
+from sbir_ray.data.photos import align, chosen_rows, decode_stored
 from sbir_ray.data.raster import rasterise
 from sbir_ray.data.strokes import Strokes, count_points
 from sbir_ray.errors import UserError
-from sbir_ray.places import read_table
-from sbir_ray.stream.sketch_blocks import shards_of
 from sbir_ray.stream.sketchers import Drawn
 
 if TYPE_CHECKING:
@@ -40,9 +37,6 @@ REFERENCES = 512
 """Most photos among which a photo is ranked."""
 
 _INK_SIDE = 64
-_NO_REFERENCE = pa.table(
-    {"photo_id": pa.array([], pa.string()), "image": pa.array([], pa.binary())}
-)
 _TIE = 1e-6
 """Difference below which two cosines are the same: rounding of float32 sums."""
 _GPU_BATCH = 64
@@ -252,19 +246,7 @@ def reference_rows(photos: Path) -> pa.Table:
     Raises:
         UserError: not a photo store.
     """
-    places = (
-        (name, file, row)
-        for file in shards_of(photos)
-        for row, name in enumerate(read_table(file, columns=["photo_id"])[0].to_pylist())
-    )
-    rows_of: dict[Path, list[int]] = defaultdict(list)
-    for _, file, row in heapq.nsmallest(REFERENCES, places):
-        rows_of[file].append(row)
-    found = [
-        read_table(file, columns=["photo_id", "image"]).take(rows)
-        for file, rows in sorted(rows_of.items())
-    ]
-    return pa.concat_tables(found).sort_by("photo_id") if found else _NO_REFERENCE
+    return chosen_rows(photos, REFERENCES, lambda name: name, ("photo_id", "image"))
 
 
 def reference_photos(photos: Path | pa.Table, image_size: int) -> NDArray[np.uint8]:

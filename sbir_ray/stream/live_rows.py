@@ -33,8 +33,8 @@ Photos = dict[int, NDArray[np.uint8]]
 """A photo (3, S, S), aligned, by side S."""
 
 
-KEPT_MAPS = 4096
-"""Photos, at most, whose maps are kept by what draws them."""
+KEPT_BYTES = 256 << 20
+"""Bytes of photos' maps, at most, that are kept by what draws them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,8 @@ class LiveSketcher:
             for i, map_CHW in zip(new, maps, strict=True):
                 known[photo_ids[i]] = map_CHW
         found = torch.stack([known[name] for name in photo_ids])
-        while len(known) > KEPT_MAPS:
+        size = found[0].nbytes
+        while len(known) > max(1, KEPT_BYTES // size):
             del known[next(iter(known))]
         return found
 

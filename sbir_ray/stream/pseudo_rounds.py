@@ -2,7 +2,8 @@
 
 A round is listed in the header when it is whole. One that is not listed was interrupted: the same
 request goes on in it; where only the photo store has changed since, what it holds is kept and
-counted as drawn before; else it is removed.
+counted as drawn before; else it is removed. Drawings that failed by an error in a listed round are
+drawn once more by the next, which then stands for them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sbir_ray.errors import UserError
@@ -26,8 +29,9 @@ from sbir_ray.runlog import write_json_atomic
 from sbir_ray.stream.filters import reference_rows
 from sbir_ray.stream.pseudo_store import (
     ABSENT,
+    AGAIN,
     HEADER,
-    absent_of,
+    ids_of,
     key_of,
     parts_of,
     read_header,
@@ -40,6 +44,8 @@ ATTEMPTS, REFERENCE = "attempts", "reference.parquet"
 """Inside a round: the actors' journals while it is made; the photos the teacher ranks among."""
 ERROR = "error-"
 """How the reason of a drawing begins that failed by an error, which may be gone next time."""
+TRIES = 2
+"""Rounds in which a photo is drawn, at most, as long as its drawings fail by errors."""
 _LOCK, _REQUEST = ".lock", "request.json"
 
 
@@ -151,8 +157,10 @@ class Round:
     """Entries of the rounds before it."""
     absent: list[str]
     """Ids of photos drawn by earlier rounds that the store does not have."""
+    again: list[str]
+    """Ids of photos whose drawings failed by an error in earlier rounds; they are drawn again."""
     drawn: NDArray[np.uint64] | None
-    """``numbers_of`` the photos that earlier rounds drew; None if there are none."""
+    """``numbers_of`` the other photos that earlier rounds drew; None if there are none."""
     begun: bool
     """Whether it goes on where it was interrupted."""
 
@@ -173,7 +181,7 @@ class Round:
             return True
         last = round_folder(self.out, self.before[-1]["round"])
         listed = len(_listed(self.out))
-        return set(self.absent) != absent_of(last) or listed != len(self.before)
+        return set(self.absent) != ids_of(last / ABSENT) or listed != len(self.before)
 
     def begin(self, reference: pa.Table | None) -> None:
         """Make its folder; nothing when it is there."""
@@ -183,8 +191,9 @@ class Round:
         self.folder.mkdir()
         if reference is not None:
             write_table(reference, self.folder / REFERENCE)
-        if self.absent:
-            write_table(pa.table({"photo_id": self.absent}), self.folder / ABSENT)
+        for name, ids in ((ABSENT, self.absent), (AGAIN, self.again)):
+            if ids:
+                write_table(pa.table({"photo_id": ids}), self.folder / name)
         write_json_atomic(self.folder / _REQUEST, self.request)
 
     def finish(self, header: dict[str, Any]) -> None:
@@ -233,13 +242,13 @@ def open_round(writer: Writer, request: dict[str, Any], photos: Path) -> Round:
             kept.append({"round": number, **(requests[number] or {})})
     number = pending[-1] if resumes else max([last, *pending]) + 1
     same = [entry for entry in listed if key_of(entry) == key_of(request)]
-    names = _drawn(out, [entry["round"] for entry in [*same, *kept]])
+    names, again = _drawn(out, [entry["round"] for entry in [*same, *kept]])
     drawn = numbers_of(names) if same or kept else None
     absent: list[str] = []
     if drawn is not None:
         there = numbers_of(photo_ids(shards_of(photos)))
         absent = sorted(itertools.compress(names, ~np.isin(drawn, there)))
-    return Round(out, number, request, [*listed, *kept], absent, drawn, resumes)
+    return Round(out, number, request, [*listed, *kept], absent, again, drawn, resumes)
 
 
 def forget_old(out: Path) -> list[int]:
@@ -315,11 +324,19 @@ def _request(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _drawn(out: Path, numbers: Sequence[int]) -> list[str]:
-    """Ids of the photos that rounds have drawn."""
-    files = (file for number in numbers for file in parts_of(round_folder(out, number)))
-    return [
-        name
-        for file in files
-        for name in read_table(file, columns=["photo_id"])["photo_id"].unique().to_pylist()
-    ]
+def _drawn(out: Path, numbers: Sequence[int]) -> tuple[list[str], list[str]]:
+    """Ids of the photos that rounds have drawn, and of those to be drawn again."""
+    names: dict[str, None] = {}
+    errors: Counter[str] = Counter()
+    for number in numbers:
+        for file in parts_of(round_folder(out, number)):
+            table = read_table(file, columns=["photo_id", "reason"])
+            erred = table.filter(pc.starts_with(table["reason"], ERROR))["photo_id"].unique()
+            errors.update(erred.to_pylist())
+            for name in erred.to_pylist():
+                names.pop(name, None)
+            mended = pc.invert(pc.is_in(table["photo_id"], erred))
+            names |= dict.fromkeys(table.filter(mended)["photo_id"].to_pylist())
+    again = [name for name in errors if name not in names and errors[name] < TRIES]
+    names |= dict.fromkeys(name for name in errors if errors[name] >= TRIES)
+    return list(names), again

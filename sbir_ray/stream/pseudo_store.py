@@ -63,6 +63,8 @@ log-probability. All drawings of a photo lie in one file, in the order of their 
 HEADER = "pseudo.json"
 ABSENT = "absent.parquet"
 """Inside a round: ids of photos that earlier rounds drew and its photo store does not have."""
+AGAIN = "again.parquet"
+"""Inside a round: ids of photos whose drawings failed by an error in an earlier round."""
 CHOICE = b"choice"
 """In a file's metadata: digest of the choice that its fates are by."""
 
@@ -177,12 +179,23 @@ def view(
         choice = choice_of(header)
     names = list(columns or PSEUDO_SCHEMA.names)
     numbers = rounds_of(folder, header)
-    absent = absent_of(round_folder(folder, numbers[-1]))
+    hidden = _hidden(folder, numbers)
     for number in numbers:
         for file in parts_of(round_folder(folder, number)):
             for row in _rows_of_file(file, [*names, "photo_id", "kept"], choice):
-                if (row["kept"] or not kept_only) and row["photo_id"] not in absent:
+                if (row["kept"] or not kept_only) and row["photo_id"] not in hidden[number]:
                     yield {name: row[name] for name in names}
+
+
+def _hidden(folder: Path, numbers: Sequence[int]) -> dict[int, set[str]]:
+    """By round the photos that it is not seen to hold: those that are absent from the newest, and
+    those that a later one drew again."""
+    hidden: dict[int, set[str]] = {}
+    later = ids_of(round_folder(folder, numbers[-1]) / ABSENT)
+    for number in reversed(numbers):
+        hidden[number] = later
+        later = later | ids_of(round_folder(folder, number) / AGAIN)
+    return hidden
 
 
 def _rows_of_file(
@@ -242,9 +255,8 @@ def _drawn(row: dict[str, Any]) -> Drawn:
     return Drawn(unflatten(row["strokes"]), **{name: row[name] for name in _DRAWN[1:]})
 
 
-def absent_of(folder: Path) -> set[str]:
-    """Ids of the photos that a round is not seen to hold, though earlier rounds drew them."""
-    file = folder / ABSENT
+def ids_of(file: Path) -> set[str]:
+    """The photos that a round's :data:`ABSENT` or :data:`AGAIN` names; none where it has none."""
     return set(read_table(file)["photo_id"].to_pylist()) if file.exists() else set()
 
 

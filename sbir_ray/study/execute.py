@@ -84,16 +84,17 @@ class Ended(NamedTuple):
     """Where, or ""."""
 
 
-def _hopeless(waiting: dict[str, Work], failed: Mapping[str, str]) -> list[Ended]:
-    """Take out what needs something that failed; the reason is that of what failed first."""
+def _hopeless(waiting: dict[str, Work], failed: dict[str, str]) -> list[Ended]:
+    """Take out what needs something that failed, which then failed too; the reason is that of what
+    failed first. What needs a piece comes behind it, so whole chains are taken out at once."""
     ended = []
     for piece in list(waiting.values()):
         broken = next((name for name in piece.needs if name in failed), None)
         if broken is not None:
             reason = failed[broken]
-            ended.append(
-                Ended(piece, reason if reason.startswith("in ") else f"in {broken}: {reason}", "")
-            )
+            reason = reason if reason.startswith("in ") else f"in {broken}: {reason}"
+            failed[piece.name] = reason
+            ended.append(Ended(piece, reason, ""))
             del waiting[piece.name]
     return ended
 

@@ -33,6 +33,8 @@ _VARIED: dict[str, Callable[[JointTraining], list[Variant]]] = {
     "labels": studies.label_variants,
 }
 """The studies whose rows can be chosen."""
+_USUAL = {**_VARIED, "labels": studies.usual_label_variants}
+"""The rows that these have by default."""
 _DOUBLINGS = 4
 """Halvings of the pool below the whole of it, by default."""
 
@@ -73,7 +75,7 @@ class Request:
             "labels": None if self.study == "labels" else list(self.labels),
             "split": self.split,
             "gallery": None if self.gallery is None else marked(self.gallery, "store.json"),
-            "judge": None if self.judge is None else str(self.judge.resolve()),
+            "judge": None if self.judge is None else weighed(self.judge),
             "config": to_dict(self.config),
         }
 
@@ -103,6 +105,13 @@ def marked(folder: Path, marker: str) -> list[str]:
 def marked_pairs(folder: Path) -> list[str]:
     """The same for a PAIRS folder, by what is in it."""
     return [str(folder.resolve()), content_digest(folder)]
+
+
+def weighed(run: Path) -> list[str]:
+    """The same for a RUN folder, by its newest weights."""
+    from sbir_ray.runs import weights_digest
+
+    return [str(run.resolve()), weights_digest(run)]
 
 
 def run_study(
@@ -161,8 +170,8 @@ def _check(request: Request, plan: Plan) -> None:
         for variant in studies.chosen(known, request.rows):
             plan.changed(variant, plan.base.seed)
         studies.chosen(known, [request.against], "--against")
-        usual = studies.SUPERVISED.name
-        if request.against != usual and request.rows and request.against not in request.rows:
+        rows = request.rows or [variant.name for variant in _USUAL[request.study](plan.base)]
+        if request.against not in (studies.SUPERVISED.name, *rows):
             raise UserError(f"--against {request.against}: is not among --rows; add it there")
     _check_pairs(request)
     for folder in (request.photos, request.gallery):

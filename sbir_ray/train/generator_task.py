@@ -32,6 +32,9 @@ from sbir_ray.train.pen_rows import Traced, framed, slipped
 from sbir_ray.train.position import Stream, identity, rng_of
 from sbir_ray.train.ranks import Ranks
 
+KEPT_BYTES = 1 << 30
+"""Bytes of codes up to which those of all photos are computed once and kept."""
+
 
 @dataclass(frozen=True)
 class GeneratorBatch:
@@ -86,12 +89,14 @@ class GeneratorTask(OnePlayer):
         self.codes: list[Tensor] = []
         if not sizes.train_backbone:
             # A backbone that does not train gives the same codes in every epoch.
-            self.codes = [self._encode(self.photos[..., ::way]) for way in (1, -1)]
+            each = self._encode(self.photos[:1]).nbytes
+            if 2 * len(self.photos) * each <= KEPT_BYTES:
+                self.codes = [self._encode(self.photos[..., ::way]) for way in (1, -1)]
 
     def _trace(self, folder: str | None) -> None:
         """Trace the training photos and, up to a limit, those without sketches."""
         sizes = self.config.model
-        if folder is not None:
+        if folder is not None and sizes.pen.contour_photos:
             more = PhotoSet.load(
                 place(folder),
                 sizes.image_size,

@@ -7,7 +7,6 @@ of a picture.
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from sbir_ray.config import FilterConfig, GeneratorTraining
 from sbir_ray.data import raster, strokes
 from sbir_ray.data.pairs import PairSet
 from sbir_ray.data.photo_set import PhotoSet
-from sbir_ray.data.photos import align, decode_stored, read_store
+from sbir_ray.data.photos import align, chosen_rows, decode_stored
 from sbir_ray.data.strokes import Strokes
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.joint_config import JointTraining
@@ -161,9 +160,9 @@ class LearnersDraw:
 def some_photos(photos: Path, sides: Sides) -> tuple[list[str], dict[int, NDArray[np.uint8]]]:
     """The first photos of a store in the order of their ids, at most :data:`MOST_PAIRS`, at each
     side (N, 3, S, S)."""
-    first = heapq.nsmallest(MOST_PAIRS, read_store(photos), key=lambda row: row["photo_id"])
+    first = chosen_rows(photos, MOST_PAIRS, lambda name: name, ("photo_id", "image"))
     ids, whole = [], []
-    for row in first:
+    for row in first.to_pylist():
         try:
             rgb = decode_stored(row["image"])
         except (OSError, SyntaxError, ValueError):  # told where it was to be drawn

@@ -264,6 +264,11 @@ def _restore(
         found = checkpoint.load(place(begin), say)
         if found is None:
             raise UserError(f"{begin}: has no checkpoint to begin with; let its training go on")
+        if found.step >= task.steps:
+            raise UserError(
+                f"{begin}: is at step {found.step}, and optim.steps={task.steps}, which counts its "
+                "steps too, leaves nothing to train; set more"
+            )
     if found is None:
         task.restore(0, {})
         return 0

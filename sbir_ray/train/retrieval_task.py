@@ -216,8 +216,12 @@ class RetrievalTask(OnePlayer):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             images = torch.cat([batch.photo_bCSS, batch.extra_nCSS]).to(self.device)
             size = model.config.image_size
-            photos = model.embed_photos(resized(images, size))
-            sketches = model.embed_sketches(resized(batch.sketch_bSS.to(self.device), size))
+            images = resized(images, size)
+            rasters = resized(batch.sketch_bSS.to(self.device), size)
+            if model.config.frozen_norm:
+                sketches, photos = model.embed_sketches(rasters), model.embed_photos(images)
+            else:
+                sketches, photos = model(rasters, images)
         own = len(batch.photo_bCSS)
         self.ranks.watch(batch.photo_ids, photos[:own], sketches, batch.certainty_b)
         gather = self._gatherer(batch.labelled)

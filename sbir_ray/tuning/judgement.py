@@ -63,7 +63,9 @@ def knob_effects(
         {name, correlation, ci95}, None where there are fewer than :data:`LEAST` trials or the knob
         or the accuracy does not vary.
     """
-    step = common_step(trials)
+    # Before networks and knobs change hands, as they do in a population.
+    changes = [change["step"] for trial in trials for change in trial.changes]
+    step = min([common_step(trials), *changes])
     scored = [(trial, value) for trial in trials if (value := trial.at(step, metric)) is not None]
     # What lies outside its range in the default is no point of the space.
     told = []

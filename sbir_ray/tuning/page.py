@@ -138,6 +138,7 @@ def _row(trial: Mapping[str, Any], metric: str) -> dict[str, Any]:
         "accuracy": None,
         "difference": None,
         **trial,
+        "knobs": trial["changes"][-1]["knobs"] if trial["changes"] else trial["knobs"],
         "score": None if last is None else last[metric],
         "step": 0 if last is None else int(last["step"]),
         "seconds": _seconds(trial),

@@ -77,7 +77,7 @@ def evolve(
     for number in left:
         trial = trials[number]
         trial.status = "open"
-        knobs = trial.changes[-1]["knobs"] if trial.changes else trial.knobs
+        knobs = trial.last_knobs
         population.append({"number": number, "knobs": dict(knobs)})
 
     def trainable(config: dict[str, Any]) -> None:
@@ -158,8 +158,8 @@ def run_phases(spec: TrialSpec, config: Mapping[str, Any]) -> None:
             changes = []
             if phases:
                 inputs["begin"] = phases[-1]["run"]
-                if phases[-1]["knobs"] != knobs:
-                    came_from = phases[-1]["number"]
+                came_from = phases[-1]["number"]
+                if came_from != number or phases[-1]["knobs"] != knobs:
                     changes = [{"step": start, "knobs": knobs, "came_from": came_from}]
             turned = with_knobs(spec.config, {**knobs, "optim.steps": end})
             # Others may go on from this run, so it is never written over.

@@ -50,6 +50,11 @@ class Trial:
         return None
 
     @property
+    def last_knobs(self) -> Knobs:
+        """Those that its network had at its end; in a population they change."""
+        return self.changes[-1]["knobs"] if self.changes else self.knobs
+
+    @property
     def untouched(self) -> bool:
         """Whether it is the default, to its end; in a population it may take up others' knobs."""
         return self.number == DEFAULT and not self.changes

@@ -13,7 +13,7 @@ from sbir_ray.data.photos import read_store
 from sbir_ray.errors import UserError
 from sbir_ray.joint_config import JointTraining
 from sbir_ray.strict import to_dict
-from sbir_ray.study.run import marked, marked_pairs
+from sbir_ray.study.run import marked, marked_pairs, weighed
 from sbir_ray.tuning.space import Space, with_knobs
 
 Training = RetrievalTraining | JointTraining
@@ -52,8 +52,8 @@ class Request:
             "pairs": marked_pairs(self.pairs),
             "photos": None if self.photos is None else marked(self.photos, "store.json"),
             "pseudo": None if self.pseudo is None else marked(self.pseudo, "pseudo.json"),
-            "teacher": None if self.teacher is None else str(self.teacher.resolve()),
-            "generator": None if self.generator is None else str(self.generator.resolve()),
+            "teacher": None if self.teacher is None else weighed(self.teacher),
+            "generator": None if self.generator is None else weighed(self.generator),
             "metric": self.metric,
             "searcher": self.searcher,
             "scheduler": self.scheduler,

@@ -304,7 +304,7 @@ def _result(
         "trials": [{**trial.to_json(), **intervals(trials, trial)} for trial in trials],
         "wanted": effort.trials,
         "default": DEFAULT,
-        "best": {"number": winner.number, "knobs": winner.knobs},
+        "best": {"number": winner.number, "knobs": winner.last_knobs},
         "effects": knob_effects(
             request.space.knobs,
             list(trials),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sbir_ray.config import RetrievalTraining
-from sbir_ray.errors import SbirError, UserError
+from sbir_ray.errors import SbirError, UnavailableError, UserError
 from sbir_ray.joint_config import JointTraining
 from sbir_ray.places import place
 from sbir_ray.study.work import Measure
@@ -130,9 +130,10 @@ def telling(folder: Path) -> Iterator[None]:
     failure.unlink(missing_ok=True)
     try:
         yield
-    except UserError as error:
-        tune.report({"step": 0, REFUSED: str(error)})
     except Exception as error:
+        if isinstance(error, UserError) and not isinstance(error, UnavailableError):
+            tune.report({"step": 0, REFUSED: str(error)})
+            return
         reason = str(error) if isinstance(error, SbirError) else f"{type(error).__name__}: {error}"
         trace = "" if isinstance(error, SbirError) else traceback.format_exc()
         failure.write_text(" ".join(reason.split())[:300] + "\n" + trace)

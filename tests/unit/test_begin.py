@@ -7,6 +7,7 @@ import torch
 
 from sbir_ray import checkpoint
 from sbir_ray.errors import UserError
+from sbir_ray.runs import weights_digest
 from sbir_ray.train.job import Job
 from sbir_ray.train.loop import fit
 from sbir_ray.train.ranks import Ranks
@@ -43,3 +44,11 @@ def test_phases_of_one_training_equal_it_and_may_differ_in_settings(tmp_path):
     )
     with pytest.raises(UserError, match="pairs: has no checkpoint to begin with"):
         train("third", 4, begin="pairs")
+    # A run is told from others, and from itself before, by its weights.
+    marks = [weights_digest(tmp_path / name) for name in ("whole", "first", "second", "slower")]
+    assert marks[0] == marks[2]
+    assert len(set(marks)) == 3
+    # One that is as long already would leave nothing to train.
+    with pytest.raises(UserError, match=r"first: is at step 2, and optim\.steps=2, which"):
+        train("fourth", 2, begin="first")
+    assert checkpoint.load(tmp_path / "fourth") is None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -127,6 +128,13 @@ def test_folders_of_the_same_counts_are_told_apart_by_content(tmp_path: Path) ->
     folder_of(split, {0: "val", 1: "train", 2: "train", 3: "val"}, lambda n: 2)
     assert content_digest(first) == content_digest(again)
     assert len({content_digest(folder) for folder in (first, other, split)}) == 3
+    # The same names, each with another one's drawing.
+    file = again / "sketches.parquet"
+    table = pq.read_table(file)
+    place = table.schema.get_field_index("strokes")
+    drawn = table.column("strokes").take(list(reversed(range(len(table)))))
+    pq.write_table(table.set_column(place, table.schema.field(place), drawn), file)
+    assert content_digest(first) != content_digest(again)
 
 
 def test_a_drawing_is_loaded_as_aligned_ink(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from sbir_ray.stream.pseudo_store import iter_rows, read_header
 from sbir_ray.stream.sketch_actor import SketchActor, write_rows
 from sbir_ray.stream.sketch_blocks import read_photos
 from sbir_ray.stream.sketching import sketch
-from tests.fake_sketcher import SIDE, FakeSpec
+from tests.fake_sketcher import SIDE, FakeSpec, aligned
 from tests.pseudo_rows import drawn, rows_of
 from tests.tiny_store import tiny_store
 
@@ -87,6 +87,32 @@ def test_a_round_draws_only_what_changes(tmp_path, here):
     assert {k: {**v, "round": 0} for k, v in alone.items()} == {
         k: {**v, "round": 0} for k, v in everything.items()
     }
+
+
+def test_what_failed_by_an_error_is_drawn_once_more_by_the_same_call(tmp_path, here):
+    out, store = tmp_path / "out", tiny_store(tmp_path / "store", 9)
+    broken = FakeSpec(plans=((aligned(2), "raise"), (aligned(7), "raise"), (aligned(4), "nothing")))
+    first = sketch(store, out, broken, CONFIG)
+    assert first.by_reason["failed"] == {"error-ArithmeticError": 4, "nothing-to-draw": 2}
+
+    # What keeps failing is left alone after that; what has no strokes has none the next time.
+    again = FakeSpec(plans=((aligned(7), "raise"), (aligned(4), "nothing")))
+    second = sketch(store, out, again, CONFIG)
+    assert second.total == first.total == 18
+    assert second.by_reason["failed"] == {"error-ArithmeticError": 2, "nothing-to-draw": 2}
+    everything = {f"photo{n:02d}" for n in range(9)}
+    assert drawn(out) == [everything, {"photo02", "photo07"}]
+    assert len(rows_of(out)) == 18
+    assert sketch(store, out, FakeSpec(), CONFIG) == second
+    assert len(drawn(out)) == 2
+
+    # As if nothing had failed; and another store hides and shows what was drawn again too.
+    sketch(store, tmp_path / "once", again, CONFIG)
+    plain = ["round"]
+    assert rows_of(out, plain) == rows_of(tmp_path / "once", plain)
+    sketch(tiny_store(tmp_path / "few", 3), out, FakeSpec(), CONFIG)
+    assert {name for name, _ in rows_of(out)} == {"photo00", "photo01", "photo02"}
+    assert sketch(store, out, FakeSpec(), CONFIG) == second
 
 
 def test_other_settings_are_drawn_again_and_named_in_each_row(tmp_path, here):

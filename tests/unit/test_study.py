@@ -429,6 +429,10 @@ def test_a_measurement_is_done_when_it_is_written(tmp_path):
             ["labels", "--rows", "supervised,full", "--against", "edges"],
             "error: --against edges: is not among --rows; add it there",
         ),
+        (
+            ["labels", "--against", "no-joint"],
+            "error: --against no-joint: is not among",
+        ),
         (["ablation", "--labels", "0.2,0.4"], "error: --labels 0.2,0.4: give one"),
         (["labels", "--split", "test", "--photos", "none"], "error: none/store.json: not a photo"),
         (["photos", "--judge", "run"], "Usage: "),

@@ -9,9 +9,10 @@ from PIL import Image
 
 from sbir_ray.config import AugmentConfig, ChoiceConfig, FilterConfig, RetrievalConfig
 from sbir_ray.data import photos, raster, strokes
-from sbir_ray.data.pairs import PairSet, new_pairs
-from sbir_ray.errors import UserError
-from sbir_ray.train import retrieval_task
+from sbir_ray.data.pairs import PairSet, hash_of, new_pairs
+from sbir_ray.data.photo_set import PhotoSet
+from sbir_ray.errors import DamagedError, UserError
+from sbir_ray.train import generator_task, retrieval_task
 from sbir_ray.train.job import Job, pseudo_folders, pseudo_inputs
 from sbir_ray.train.loop import fit
 from sbir_ray.train.ranks import Ranks
@@ -19,6 +20,7 @@ from sbir_ray.train.retrieval_task import number_of, resized
 from sbir_ray.train.tasks import build
 from tests.tiny import NO_CHANGE, generator_config, photo, retrieval_config, sketch, tiny_pairs
 from tests.tiny_pseudo import pseudo_row, tiny_pseudo
+from tests.tiny_store import tiny_store
 
 CPU = torch.device("cpu")
 FLIPPED = dataclasses.replace(NO_CHANGE, flip=1.0)
@@ -230,3 +232,56 @@ def test_real_and_drawn_sketches_reach_the_discriminator_alike(tmp_path, pairs):
         assert (kind.flatten(1).max(1).values > 0).all()
     same = [torch.equal(a, b) for a, b in zip(batch.photo_bCSS, batch.wrong_bCSS, strict=True)]
     assert not any(same)
+
+
+def test_batch_statistics_are_of_sketches_and_photos_together(pairs):
+    config = retrieval_config(
+        model=RetrievalConfig(weights="none", image_size=64, grid=2, frozen_norm=False)
+    )
+    task = task_of("retrieval", config, pairs=pairs)
+    twin = task_of("retrieval", config, pairs=pairs)
+    batch = task.batch(0)
+    rows = task._embed(task.model.train(), batch)
+    sketch_BD, photo_BD = twin.model.train()(batch.sketch_bSS, batch.photo_bCSS)
+    assert torch.equal(rows.sketch_BD, sketch_BD)
+    assert torch.equal(rows.photo_PD[rows.photo_of_B], photo_BD)
+    for mine, other in zip(task.model.buffers(), twin.model.buffers(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_a_generator_has_steps_left_for_peoples_sketches():
+    config = generator_config(steps=4)
+    pen = dataclasses.replace(config.model.pen, contour_steps=4)
+    with pytest.raises(ValueError, match=r"contour_steps: 4 of optim\.steps=4 leave none"):
+        dataclasses.replace(config, model=dataclasses.replace(config.model, pen=pen))
+    dataclasses.replace(config, model=dataclasses.replace(config.model, pen=pen, kind="paper"))
+
+
+def test_only_the_chosen_photos_of_a_store_are_traced(pairs, tmp_path, monkeypatch):
+    store = tiny_store(tmp_path / "store", 9, shard=4)
+    some = PhotoSet.load(store, 64, at_most=3, seed=1)
+    whole = PhotoSet.load(store, 64)
+    assert len(whole.photo_ids) == 9
+    assert some.photo_ids == sorted(some.photo_ids)
+    assert some.photo_ids == sorted(sorted(whole.photo_ids, key=lambda n: hash_of(1, n))[:3])
+    for name, picture in zip(some.photo_ids, some.photos, strict=True):
+        assert np.array_equal(picture, whole.photos[whole.photo_ids.index(name)])
+    for count in (0, 3):
+        config = generator_config()
+        pen = dataclasses.replace(config.model.pen, contour_photos=count)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, pen=pen))
+        task = task_of("generator", config, pairs=pairs, photos=store)
+        assert len(task.photos) == len(task.pairs.photos) + count
+        assert len(task.codes) == 2
+    # Where there is no room for all codes, each is computed when it is needed.
+    monkeypatch.setattr(generator_task, "KEPT_BYTES", 1000)
+    bare = task_of("generator", config, pairs=pairs, photos=store)
+    assert bare.codes == []
+    batch = task.batch(0)
+    assert torch.allclose(task._codes(batch.photo_b), bare._codes(batch.photo_b), atol=1e-5)
+
+
+def test_a_damaged_photo_of_a_store_is_named(tmp_path):
+    store = tiny_store(tmp_path / "store", 3, damaged=[1])
+    with pytest.raises(DamagedError, match=r"store: photo photo01 cannot be read .*; ingest again"):
+        PhotoSet.load(store, 64)

@@ -9,14 +9,15 @@ from markupsafe import escape
 from scipy.stats import spearmanr
 
 from sbir_ray.config import RetrievalTraining
-from sbir_ray.errors import DamagedError, SbirError, UserError
+from sbir_ray.errors import DamagedError, SbirError, UnavailableError, UserError, by_name
 from sbir_ray.study.intervals import Found
 from sbir_ray.tuning.judgement import common_step, intervals, knob_effects, spearman
 from sbir_ray.tuning.page import headline, render, summary
-from sbir_ray.tuning.records import FOUND, METRICS, SPEED, Trial, Trials, best, checked
+from sbir_ray.tuning.records import FAILURE, FOUND, METRICS, SPEED, Trial, Trials, best, checked
 from sbir_ray.tuning.request import Request, check
 from sbir_ray.tuning.search import Random, Search, Tpe, is_left
 from sbir_ray.tuning.space import Knob, Space, read_space
+from sbir_ray.tuning.trial import REFUSED, telling
 from tests.tiny import tiny_pairs
 from tests.tiny_pseudo import pseudo_row, tiny_pseudo
 
@@ -154,6 +155,36 @@ def test_correlations_are_those_of_scipy_and_say_when_they_do_not_know():
     assert {one["correlation"] for one in few["knobs"]} == {None}
 
 
+def test_a_population_is_told_by_the_knobs_that_its_networks_had():
+    trials = []
+    for number in range(6):
+        one = trial(number, 0.1 * number, knobs={"loss.temperature": 0.1 + 0.01 * number})
+        one.changes = [{"step": 4, "knobs": {"loss.temperature": 0.05}, "came_from": 5}]
+        trials.append(one)
+    found = knob_effects(KNOBS, trials, DEFAULTS, "acc@1")
+    assert found["step"] == 4  # the last one before knobs change hands
+    assert trials[0].last_knobs == {"loss.temperature": 0.05}
+    assert trial(0, 0.5, knobs={"a": 1}).last_knobs == {"a": 1}
+
+
+def test_what_another_try_may_mend_is_a_failure_and_what_none_does_is_refused(
+    tmp_path, monkeypatch
+):
+    told = []
+    monkeypatch.setattr("ray.tune.report", told.append)
+    with telling(tmp_path / "000"):
+        raise UserError("no pseudo pair was kept")
+    assert told == [{"step": 0, REFUSED: "no pseudo pair was kept"}]
+    assert not (tmp_path / "000" / FAILURE).exists()
+    for error in (UnavailableError("the store does not answer"), SbirError("a worker died")):
+        with pytest.raises(type(error)), telling(tmp_path / "001"):
+            raise error
+        assert (tmp_path / "001" / FAILURE).read_text() == f"{error}\n"
+    assert len(told) == 1
+    # As it comes back from another process.
+    assert by_name("UnavailableError") is UnavailableError
+
+
 def values(tmp_path, confirmed):
     trials = Trials(tmp_path, "acc@1")
     rng = np.random.default_rng(2)
@@ -226,6 +257,8 @@ def test_the_page_says_what_was_found_whatever_it_is(tmp_path):
     assert "<td>0.50</td>" in page
     found["trials"][6]["evaluations"][-1][SPEED] = 0.8
     assert headline(found).endswith("better. A step of it takes 2.5 times as long.")
+    found["trials"][6]["changes"] = [{"step": 4, "knobs": {"loss.temperature": 0.0471}}]
+    assert "0.0471" in render(found)
     del found["trials"][0]["evaluations"][-1][SPEED]  # of an older sweep
     assert headline(found).endswith("better.")
 
