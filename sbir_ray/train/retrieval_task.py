@@ -107,6 +107,11 @@ class RetrievalTask(OnePlayer):
             )
         if "teacher" in job.inputs and self.config.loss.distill != "none":
             self.teacher = load_retrieval(place(job.inputs["teacher"])).model.to(device)
+            if self.config.loss.distill == "absolute" and self.teacher.dim != self.model.dim:
+                raise UserError(
+                    f"loss.distill=absolute: the teacher's embeddings have {self.teacher.dim} "
+                    f"numbers, this network's {self.model.dim}; take relational or pair"
+                )
 
     def batch(self, step: int) -> RetrievalBatch:
         """See :class:`Task`."""

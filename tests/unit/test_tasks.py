@@ -7,7 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sbir_ray.config import AugmentConfig, ChoiceConfig, FilterConfig, RetrievalConfig
+from sbir_ray.config import (
+    AugmentConfig,
+    ChoiceConfig,
+    FilterConfig,
+    RetrievalConfig,
+    RetrievalLossConfig,
+)
 from sbir_ray.data import photos, raster, strokes
 from sbir_ray.data.pairs import PairSet, hash_of, new_pairs
 from sbir_ray.data.photo_set import PhotoSet
@@ -247,6 +253,18 @@ def test_batch_statistics_are_of_sketches_and_photos_together(pairs):
     assert torch.equal(rows.photo_PD[rows.photo_of_B], photo_BD)
     for mine, other in zip(task.model.buffers(), twin.model.buffers(), strict=True):
         assert torch.equal(mine, other)
+
+
+def test_embeddings_of_another_length_are_no_absolute_aim(pairs, tmp_path):
+    teacher = Job("retrieval", str(tmp_path / "t"), retrieval_config(1), {"pairs": str(pairs)})
+    fit(teacher, Ranks(), CPU, lambda _: None)
+    loss = RetrievalLossConfig(distill="absolute")
+    model = RetrievalConfig(weights="none", image_size=64, grid=1)
+    config = retrieval_config(model=model, loss=loss)
+    with pytest.raises(UserError, match=r"distill=absolute: .* take relational or pair"):
+        task_of("retrieval", config, pairs=pairs, teacher=tmp_path / "t")
+    loss = dataclasses.replace(loss, distill="pair")
+    task_of("retrieval", dataclasses.replace(config, loss=loss), pairs=pairs, teacher=teacher.out)
 
 
 def test_a_generator_has_steps_left_for_peoples_sketches():
