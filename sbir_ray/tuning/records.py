@@ -152,6 +152,8 @@ class Trials:
 FOUND = "found.json"
 FAILURE = "failure.txt"
 """Files of a trial's folder: each query's rank, and what went wrong the last time."""
+FOR_NOW = "for now: "
+"""How a failure begins that no change is needed to mend: however often, the next command tries."""
 
 
 def trial_folder(folder: Path, number: int) -> Path:

@@ -28,7 +28,7 @@ from sbir_ray.places import arrow_file_system
 from sbir_ray.runlog import Progress
 from sbir_ray.train.groups import give_back_of_the_dead
 from sbir_ray.tuning import request
-from sbir_ray.tuning.records import DEFAULT, FAILURE, METRICS, SPEED, Trial, Trials
+from sbir_ray.tuning.records import DEFAULT, FAILURE, FOR_NOW, METRICS, SPEED, Trial, Trials
 from sbir_ray.tuning.space import Knob, Space, Value
 from sbir_ray.tuning.trial import CHANGES, REFUSED, SCORE, TrialSpec, run_trial
 
@@ -102,7 +102,8 @@ def sweep(
 
 def is_left(trial: Trial, retries: int) -> bool:
     """Whether there is something to do for it."""
-    failed = trial.status == "failed" and len(trial.failures) <= retries
+    lasting = [why for why in trial.failures if not why.startswith(FOR_NOW)]
+    failed = trial.status == "failed" and len(lasting) <= retries
     return trial.status == "open" or failed
 
 

@@ -18,7 +18,7 @@ from sbir_ray.places import place
 from sbir_ray.study.work import Measure
 from sbir_ray.train.job import Job
 from sbir_ray.train.tasks import joint_jobs
-from sbir_ray.tuning.records import FAILURE, FOUND, checked, trial_folder
+from sbir_ray.tuning.records import FAILURE, FOR_NOW, FOUND, checked, trial_folder
 from sbir_ray.tuning.space import Knobs, with_knobs
 
 SCORE = "score"
@@ -135,6 +135,7 @@ def telling(folder: Path) -> Iterator[None]:
             tune.report({"step": 0, REFUSED: str(error)})
             return
         reason = str(error) if isinstance(error, SbirError) else f"{type(error).__name__}: {error}"
+        reason = FOR_NOW * isinstance(error, UnavailableError) + reason
         trace = "" if isinstance(error, SbirError) else traceback.format_exc()
         failure.write_text(" ".join(reason.split())[:300] + "\n" + trace)
         raise

@@ -82,6 +82,9 @@ def test_what_is_left_to_do():
     failed = Trial(0, {}, "failed", failures=["a", "b"])
     assert not is_left(failed, retries=1)
     assert is_left(failed, retries=2)
+    outages = Trial(0, {}, "failed", failures=["a", *3 * ["for now: the store does not answer"]])
+    assert is_left(outages, retries=1)
+    assert not is_left(outages, retries=0)
     assert not is_left(Trial(0, {}, "refused", failures=["a"]), retries=2)
 
 
@@ -176,10 +179,13 @@ def test_what_another_try_may_mend_is_a_failure_and_what_none_does_is_refused(
         raise UserError("no pseudo pair was kept")
     assert told == [{"step": 0, REFUSED: "no pseudo pair was kept"}]
     assert not (tmp_path / "000" / FAILURE).exists()
-    for error in (UnavailableError("the store does not answer"), SbirError("a worker died")):
+    for error, start in (
+        (UnavailableError("the store does not answer"), "for now: "),
+        (SbirError("a worker died"), ""),
+    ):
         with pytest.raises(type(error)), telling(tmp_path / "001"):
             raise error
-        assert (tmp_path / "001" / FAILURE).read_text() == f"{error}\n"
+        assert (tmp_path / "001" / FAILURE).read_text() == f"{start}{error}\n"
     assert len(told) == 1
     # As it comes back from another process.
     assert by_name("UnavailableError") is UnavailableError
