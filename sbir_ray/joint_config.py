@@ -82,7 +82,8 @@ class ScheduleConfig:
     generator_steps: int = 5
     """k_g: updates of G before F's and D's turn; 0: G does not change."""
     pseudo_warmup: int = 0
-    """Steps before the pseudo pairs' own loss counts; their photos are negatives from the start."""
+    """Steps before the pseudo pairs' own loss counts; their photos and sketches are negatives of
+    the labelled pairs, and count in distillation, from the start."""
     pseudo_ramp: int = 0
     """Steps over which their weight then rises."""
     policy_warmup: int = 0
