@@ -60,6 +60,13 @@ def poisoned(task, where, value):
         if where == "embedding":
             real = f.embed_sketches
             patch.setattr(f, "embed_sketches", lambda x: first(real(x)), raising=False)
+            both = f.forward
+
+            def one_pass(*args):
+                sketches, photos = both(*args)
+                return first(sketches), photos
+
+            patch.setattr(f, "forward", one_pass, raising=False)
         elif where == "logits":
             stack.callback(d.register_forward_hook(lambda m, i, o: first(o)).remove)
         elif where == "reward":
