@@ -247,7 +247,9 @@ def open_round(writer: Writer, request: dict[str, Any], photos: Path) -> Round:
     absent: list[str] = []
     if drawn is not None:
         there = numbers_of(photo_ids(shards_of(photos)))
-        absent = sorted(itertools.compress(names, ~np.isin(drawn, there)))
+        known = [*names, *again]
+        absent = sorted(itertools.compress(known, ~np.isin(numbers_of(known), there)))
+        again = sorted({*again} - {*absent})
     return Round(out, number, request, [*listed, *kept], absent, again, drawn, resumes)
 
 

@@ -106,6 +106,15 @@ def test_what_failed_by_an_error_is_drawn_once_more_by_the_same_call(tmp_path, h
     assert sketch(store, out, FakeSpec(), CONFIG) == second
     assert len(drawn(out)) == 2
 
+    # Photos that failed and that the store has no more are not seen.
+    gone = tmp_path / "gone"
+    sketch(store, gone, FakeSpec(plans=((aligned(7), "raise"),)), CONFIG)
+    few = tiny_store(tmp_path / "seven", 7)
+    assert sketch(few, gone, FakeSpec(), CONFIG).total == 14
+    assert len(rows_of(gone)) == 14
+    assert sketch(store, gone, FakeSpec(), CONFIG).by_reason.get("failed", {}) == {}
+    assert len(rows_of(gone)) == 18
+
     # As if nothing had failed; and another store hides and shows what was drawn again too.
     sketch(store, tmp_path / "once", again, CONFIG)
     plain = ["round"]
