@@ -204,6 +204,7 @@ def test_a_sweep_whose_processes_were_killed_goes_on(data, tmp_path, cluster):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # sixteen trainings and more, each with a start of its own
 def test_a_population_finds_a_schedule_that_trains_again(data, tmp_path, cluster):
     space = tmp_path / "schedule.toml"
     space.write_text('trains = "semi"\n[knob."optim.lr"]\nrange = [1e-5, 1e-2]\nscale = "log"\n')
