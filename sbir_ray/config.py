@@ -28,6 +28,8 @@ class RetrievalConfig:
     """Side of the square input, pixels."""
     frozen_norm: bool = True
     """Keep the backbone's batch-normalisation statistics as pre-trained."""
+    pair_norm: bool = True
+    """After training, let directions count less in which sketches and their photos differ."""
 
     def __post_init__(self) -> None:
         at_least("grid", self.grid, 1)

@@ -419,7 +419,7 @@ def evaluate_retrieval(
             queries = [
                 embed(
                     model.embed_sketches,
-                    _pictures(pairs, range(len(pairs.sketches))[start : start + batch]),
+                    pictures(pairs, range(len(pairs.sketches))[start : start + batch]),
                 )
                 for start in range(0, len(pairs.sketches), batch)
             ]
@@ -452,11 +452,12 @@ def evaluate_retrieval(
     return Evaluation(metrics=summarise(rank_Q, photo_of, len(ids)), per_query=per_query)
 
 
-def _pictures(pairs: PairSet, chosen: range) -> Bytes:
-    """The sketches as rasters (n, S, S)."""
-    pictures = rasterise([pairs.sketches[i] for i in chosen], pairs.photos.shape[-1])
+def pictures(pairs: PairSet, chosen: Sequence[int] | Ints) -> Bytes:
+    """The chosen sketches as pictures (n, S, S), not augmented: as they were drawn where they came
+    as pictures, else rasterised."""
+    found = rasterise([pairs.sketches[i] for i in chosen], pairs.photos.shape[-1])
     for place, i in enumerate(chosen):
         drawing = pairs.drawings[i]
         if drawing is not None:
-            pictures[place] = drawing
-    return pictures
+            found[place] = drawing
+    return found

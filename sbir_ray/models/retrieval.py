@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sbir_ray.config import RetrievalConfig
 from sbir_ray.errors import UserError
 from sbir_ray.models.backbone import load_backbone
+from sbir_ray.models.pair_norm import AXES, PairNorm
 
 
 class SpatialAttention(nn.Module):
@@ -73,6 +74,8 @@ class RetrievalNet(nn.Module):
         self.project = nn.Linear(pooled, config.dim, bias=False) if config.dim else nn.Identity()
         self.dim = config.dim or pooled
         """D, the length of an embedding."""
+        self.pair_norm = PairNorm(self.dim, AXES if config.pair_norm else 0)
+        """Fitted when the network is measured; training goes on without it."""
 
     def embed_photos(self, photo_P3SS: Tensor) -> Tensor:
         """Embeddings (P, D), of length one, of aligned photos (uint8, RGB)."""
@@ -99,8 +102,13 @@ class RetrievalNet(nn.Module):
         return embedding_ND[: len(raster_BSS)], embedding_ND[len(raster_BSS) :]
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, in which frozen batch normalisation still uses the stored statistics."""
+        """Training mode, in which frozen batch normalisation still uses the stored statistics.
+
+        What the pairs' differences were is forgotten: the weights are about to change.
+        """
         super().train(mode)
+        if mode:
+            self.pair_norm.clear()
         if self.config.frozen_norm:
             for module in self.backbone.modules():
                 if isinstance(module, _BatchNorm):
@@ -111,7 +119,8 @@ class RetrievalNet(nn.Module):
         size = self.config.image_size
         assert picture_N3SS.shape[1:] == (3, size, size), picture_N3SS.shape
         map_NCHW = self.backbone(self.backbone.normalise(picture_N3SS))
-        return F.normalize(self.project(self.pool(map_NCHW)), dim=1)
+        embedding_ND = F.normalize(self.project(self.pool(map_NCHW)), dim=1)
+        return embedding_ND if self.training else self.pair_norm(embedding_ND)
 
 
 def _black_on_white(raster_BSS: Tensor) -> Tensor:

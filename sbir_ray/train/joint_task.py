@@ -112,7 +112,10 @@ class JointTask:
         divisible("retrieval.pseudo_share x optim.batch_size", self.pseudo_count, ranks)
         supervised = load_retrieval(place(job.inputs["teacher"])).model
         if config.warm_start:
-            self.f.model.load_state_dict(supervised.state_dict())
+            # A network in training has no pair norm, whether its teacher has one or not.
+            weights = supervised.state_dict()
+            mine = {k: v for k, v in weights.items() if not k.startswith("pair_norm.")}
+            self.f.model.load_state_dict(mine)
         if config.teacher == "ema" and alone.loss.distill != "none":
             self.f.teacher = copy.deepcopy(self.f.model).requires_grad_(False)
 

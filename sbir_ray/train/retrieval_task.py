@@ -28,6 +28,7 @@ from sbir_ray.places import place
 from sbir_ray.runs import load_retrieval
 from sbir_ray.stream.pseudo_store import PseudoSet
 from sbir_ray.train import batch_rows
+from sbir_ray.train.differences import fit_pair_norm
 from sbir_ray.train.job import Job, OnePlayer, Player, divisible, held_out, pseudo_folders
 from sbir_ray.train.position import Stream, group, identity, rng_of
 from sbir_ray.train.ranks import Ranks
@@ -107,6 +108,8 @@ class RetrievalTask(OnePlayer):
             )
         if "teacher" in job.inputs and self.config.loss.distill != "none":
             self.teacher = load_retrieval(place(job.inputs["teacher"])).model.to(device)
+            # Distances are compared with those of a network in training.
+            self.teacher.pair_norm.clear()
             if self.config.loss.distill == "absolute" and self.teacher.dim != self.model.dim:
                 raise UserError(
                     f"loss.distill=absolute: the teacher's embeddings have {self.teacher.dim} "
@@ -200,7 +203,9 @@ class RetrievalTask(OnePlayer):
         return retrieval_losses(rows, self.config.loss, teacher, pseudo_ramp=pseudo_ramp)
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy on the validation split (empty when it has none)."""
+        """Accuracy on the validation split (empty when it has none), with the pair norm fitted."""
+        if self.config.model.pair_norm:
+            fit_pair_norm(self.model, self.pairs, self.pseudo, self.device, self.config.seed)
         if self.held_out is None:
             return {}
         metrics = evaluate_retrieval(self.model, self.held_out, self.device).metrics.to_json()

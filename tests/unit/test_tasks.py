@@ -18,7 +18,9 @@ from sbir_ray.data import photos, raster, strokes
 from sbir_ray.data.pairs import PairSet, hash_of, new_pairs
 from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.errors import DamagedError, UserError
-from sbir_ray.train import generator_task, retrieval_task
+from sbir_ray.models.pair_norm import PairNorm
+from sbir_ray.runs import load_retrieval
+from sbir_ray.train import differences, generator_task, retrieval_task
 from sbir_ray.train.job import Job, pseudo_folders, pseudo_inputs
 from sbir_ray.train.loop import fit
 from sbir_ray.train.ranks import Ranks
@@ -253,6 +255,60 @@ def test_batch_statistics_are_of_sketches_and_photos_together(pairs):
     assert torch.equal(rows.photo_PD[rows.photo_of_B], photo_BD)
     for mine, other in zip(task.model.buffers(), twin.model.buffers(), strict=True):
         assert torch.equal(mine, other)
+
+
+def differences_one_by_one(model, pairs, factors):
+    """Sketch less photo of each pair, times its factor, each picture embedded alone."""
+    rows = []
+    for i, factor in enumerate(factors):
+        picture = raster.rasterise([pairs.sketches[i]], 64)
+        if isinstance(pairs, PairSet) and pairs.drawings[i] is not None:
+            picture = pairs.drawings[i][None]
+        sketch_D = model.embed_sketches(torch.from_numpy(picture))[0]
+        photo = torch.from_numpy(pairs.photos[pairs.photo_of[i]])
+        rows.append(factor * (sketch_D - model.embed_photos(photo[None])[0]))
+    return torch.stack(rows)
+
+
+def test_the_pair_norm_is_fitted_to_peoples_pairs_and_to_pseudo_pairs_by_their_certainty(
+    pairs, tmp_path, monkeypatch
+):
+    folder = pseudo_folder(tmp_path / "pseudo", [0.25, 1.0, 0.0])
+    task = task_of("retrieval", retrieval_config(), pairs=pairs, pseudo=folder)
+    given = []
+    monkeypatch.setattr(PairNorm, "fit", lambda _, difference_MD: given.append(difference_MD))
+    task.trained.eval()
+    with torch.no_grad():
+        task.evaluate()
+        people = differences_one_by_one(task.model, task.pairs, [1.0] * len(task.pairs.sketches))
+        drawn = differences_one_by_one(task.model, task.pseudo, [0.5, 1.0, 0.0])
+        torch.testing.assert_close(given[0], torch.cat([people, drawn]), atol=1e-4, rtol=1e-3)
+
+        # Where not all are taken, people's come first.
+        monkeypatch.setattr(differences, "PAIRS", len(people) + 1)
+        task.evaluate()
+        torch.testing.assert_close(given[1][: len(people)], people, atol=1e-4, rtol=1e-3)
+        assert len(given[1]) == len(people) + 1
+        monkeypatch.setattr(differences, "PAIRS", 2)
+        task.evaluate()
+    assert len(given[2]) == 2
+
+
+def test_a_run_ends_with_its_pair_norm_and_a_teacher_has_none(pairs, tmp_path):
+    runs = {}
+    for name, on in (("with", True), ("without", False)):
+        config = retrieval_config(1)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, pair_norm=on))
+        runs[name] = Job("retrieval", str(tmp_path / name), config, {"pairs": str(pairs)})
+        fit(runs[name], Ranks(), CPU, lambda _: None)
+    loaded = {name: load_retrieval(tmp_path / name).model for name in runs}
+    assert (loaded["with"].pair_norm.change_K < 0).any()
+    assert loaded["without"].pair_norm.change_K.numel() == 0
+    # Training is the same with it and without.
+    for name, value in loaded["without"].backbone.state_dict().items():
+        assert torch.equal(value, loaded["with"].backbone.state_dict()[name]), name
+    task = task_of("retrieval", retrieval_config(), pairs=pairs, teacher=tmp_path / "with")
+    assert not task.teacher.pair_norm.change_K.any()
 
 
 def test_embeddings_of_another_length_are_no_absolute_aim(pairs, tmp_path):

@@ -159,7 +159,9 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(tmp_path, pair
     assert len(said) == 4
     assert "step 0: loss, labelled not finite on rank 0 (photos " in said[0]
     after = weights(job.out)
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    # The pair norm is fitted when the run is measured, whatever its steps have done.
+    learnt = [key for key in before if not key.startswith("pair_norm.")]
+    assert all(torch.equal(before[key], after[key]) for key in learnt)
     long = dataclasses.replace(job, out=str(tmp_path / "b"), config=retrieval_config(steps=30))
     with pytest.raises(SbirError, match="10 steps in a row were not finite"):
         fit(long, Ranks(), CPU, said.append)
