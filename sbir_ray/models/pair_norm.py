@@ -16,6 +16,8 @@ AXES = 128
 SHRINKAGE = 0.9
 """Share of the mean of all variances in each variance, the rest is what was measured: few pairs
 say little about many directions."""
+_LEAST = 1e-10
+"""Share of all variance below which an axis is rounding."""
 
 
 class PairNorm(nn.Module):
@@ -67,18 +69,21 @@ class PairNorm(nn.Module):
         self.clear()
         # In float64 on the CPU: the same axes on all machines, but for the rounding of embeddings.
         x_MD = difference_MD.double().cpu()
-        if not bool(x_MD.any()):
+        # The moment's own eigenvalues, from the M x M products: D may be many thousands.
+        variance_M, weight_MM = torch.linalg.eigh(x_MD @ x_MD.T / max(1, len(x_MD)))
+        total = variance_M.sum()
+        if not total:
             return
-        singular_R, axis_RD = torch.linalg.svd(x_MD, full_matrices=False)[1:]
-        variance_R = singular_R.square() / len(x_MD)
-        floor = SHRINKAGE * variance_R.sum() / x_MD.shape[1]
-        # Relative to directions in which pairs do not differ: lengths do not matter.
-        shrunk_R = 1 + (1 - SHRINKAGE) * variance_R / floor
-        kept = min(len(shrunk_R), len(self.change_K))
+        top = variance_M.argsort(descending=True)[: len(self.change_K)]
+        top = top[variance_M[top] > _LEAST * total]
+        variance_K = variance_M[top]
+        axis_KD = F.normalize(weight_MM[:, top].T @ x_MD, dim=1)
         # An axis has no sign of its own.
-        largest_R1 = axis_RD.gather(1, axis_RD.abs().argmax(1, keepdim=True))
-        self.axes_KD[:kept] = (axis_RD * largest_R1.sign())[:kept]
-        self.change_K[:kept] = shrunk_R[:kept].rsqrt() - 1
+        largest_K1 = axis_KD.gather(1, axis_KD.abs().argmax(1, keepdim=True))
+        floor = SHRINKAGE * total / x_MD.shape[1]
+        self.axes_KD[: len(top)] = axis_KD * largest_K1.sign()
+        # Relative to directions in which pairs do not differ: lengths do not matter.
+        self.change_K[: len(top)] = (1 + (1 - SHRINKAGE) * variance_K / floor).rsqrt() - 1
 
     def clear(self) -> None:
         """Forget the pairs."""

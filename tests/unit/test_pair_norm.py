@@ -79,6 +79,16 @@ def test_without_pairs_embeddings_stay_as_they_are() -> None:
     assert PairNorm(8, axes=0)(x_ND) is x_ND
 
 
+def test_differences_of_one_direction_give_one_axis() -> None:
+    hand_D = unit(1, 8, 2)
+    norm = PairNorm(8)
+    norm.fit(torch.linspace(-1, 2, 20)[:, None] * hand_D)
+    torch.testing.assert_close(norm.axes_KD[0].abs(), hand_D[0].abs())
+    assert norm.change_K.nonzero().flatten().tolist() == [0]
+    assert not norm.axes_KD[1:].any()
+    assert torch.isfinite(norm(unit(3, 8, 3))).all()
+
+
 def test_it_refuses_what_it_cannot_be_fitted_to() -> None:
     norm = PairNorm(8)
     with pytest.raises(ValueError, match="shape"):
