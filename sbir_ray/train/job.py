@@ -102,8 +102,9 @@ class Task(Protocol):
         """The terms of the whole batch, ``loss`` their sum; gradients reach this rank's rows."""
         ...
 
-    def done(self, step: int, board: Board | None) -> dict[str, float]:
-        """Called after the update of ``step``; numbers to log. ``board``: on rank 0 alone."""
+    def done(self, step: int, board: Board | None, updated: bool) -> dict[str, float]:
+        """Called after ``step``; numbers to log. ``board``: on rank 0 alone; ``updated``: False
+        where the step was skipped, so that no weight has changed."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -144,7 +145,7 @@ class OnePlayer(ABC):
         """Always."""
         return True
 
-    def done(self, step: int, board: Board | None) -> dict[str, float]:
+    def done(self, step: int, board: Board | None, updated: bool) -> dict[str, float]:
         """Nothing more to do."""
         return {}
 

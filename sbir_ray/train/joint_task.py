@@ -365,10 +365,10 @@ class JointTask:
 
     # ----------------------------------------------------------------------- between steps
 
-    def done(self, step: int, board: Board | None) -> dict[str, float]:
+    def done(self, step: int, board: Board | None, updated: bool) -> dict[str, float]:
         """See :class:`Task`: the teacher's average, and at the end of a turn the next version."""
         averaged = self.f.teacher if self.config.teacher == "ema" else None
-        if averaged is not None and not self.generators_turn(step):
+        if updated and averaged is not None and not self.generators_turn(step):
             ema_(averaged, self.f.model, self.config.ema_decay)
         version = self.version(step + 1)
         if version != self.version(step):

@@ -138,7 +138,8 @@ class _Course:
                         f"{self.job.out}: {skipped} steps in a row were not finite; {taken.trouble}"
                     )
                 done = step + 1
-                more_values = task.done(step, None if log is None else log.board)
+                board = None if log is None else log.board
+                more_values = task.done(step, board, updated=not taken.trouble)
                 if log is not None:
                     log.add({**taken.values, **more_values}, waited)
                     if done % save.log_every == 0 or done == task.steps:

@@ -294,6 +294,23 @@ def test_a_warm_start_goes_on_from_the_teacher(world, tmp_path):
     assert not found["pair_norm.change_K"].any()
 
 
+def test_a_step_that_was_skipped_does_not_move_the_averaged_teacher(world, tmp_path):
+    task = build(job_of(tmp_path / "a", world, teacher="ema"), Ranks(), CPU)
+    before = [value.clone() for value in task.f.teacher.state_dict().values()]
+    with torch.no_grad():
+        for parameter in task.f.model.parameters():
+            parameter.add_(1.0)
+
+    def same():
+        after = task.f.teacher.state_dict().values()
+        return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    task.done(0, None, updated=False)
+    assert same()
+    task.done(0, None, updated=True)
+    assert not same()
+
+
 # --------------------------------------------------------------------------- fates
 
 
