@@ -64,7 +64,6 @@ def test_what_sketches_always_differ_in_stops_to_decide() -> None:
     norm.fit(sketch_ND - photo_ND)
     sketch_ND, photo_ND = pairs(100)
     plain, fitted = found(sketch_ND, photo_ND), found(norm(sketch_ND), norm(photo_ND))
-    print(plain, fitted)
     assert fitted > plain + 0.2
 
 
