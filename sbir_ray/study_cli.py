@@ -191,9 +191,11 @@ def labels(**options: Any) -> None:
     Rows of each share: supervised, negatives (photos as negatives alone), edges and contours (as
     pseudo sketches), contours-negatives (both), paper-drawings and drawings (the best of 4
     drawings of each photo, chosen by the teacher), mixed (these, contours and negatives), full
-    (joint training); by name also those of `study ablation`. All have as many updates of F. At a
-    share of 1 the photos without sketches are those of --photos. The same command with another
-    --against compares anew at once. With folds every photo is measured on, by one seed or more.
+    (joint training), people and people-mixed (the hidden sketches of photos in the place of
+    drawings: ceilings); by name also those of `study ablation`. All have as many updates of F. At
+    a share of 1 no sketch is hidden, and the photos without sketches are those of --photos. The
+    same command with another --against compares anew at once. With folds every photo is measured
+    on, by one seed or more.
 
     Example: sbir-ray study labels --pairs chairs --photos photos --labels 0.1,0.2 --rows
     supervised,negatives,contours,mixed --against negatives --out studies/labels

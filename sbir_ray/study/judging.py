@@ -17,9 +17,8 @@ from sbir_ray.evaluate import evaluate_retrieval, ranks
 from sbir_ray.runs import load_retrieval
 from sbir_ray.stream.sketchers import SketcherSpec, row_seed
 from sbir_ray.study.intervals import Found
+from sbir_ray.study.people import PEOPLE
 
-PEOPLE = "people"
-"""In the place of a sketcher: the sketches that people drew."""
 _AT_ONCE = 32
 
 

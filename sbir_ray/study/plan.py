@@ -7,6 +7,7 @@ augmentation, optimiser, batch, and the number of F's updates.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -18,14 +19,18 @@ from sbir_ray.errors import UserError
 from sbir_ray.joint_config import JointTraining, ScheduleConfig
 from sbir_ray.strict import digest, to_dict
 from sbir_ray.study.data import Cell
+from sbir_ray.study.people import PEOPLE
 from sbir_ray.study.work import Draw, Measure, Train, Work
 from sbir_ray.train.job import Config, Job, pseudo_inputs
 from sbir_ray.train.tasks import generator_jobs
 
-Drawer = Literal["contours", "edges", "generator"]
-"""Who draws the photos without sketches, once for all of F's training."""
+Drawer = Literal["contours", "edges", "generator", "people"]
+"""Who draws the photos without sketches, once for all of F's training; ``people``: their hidden
+sketches, as the ceiling."""
 JUDGE_SEED = 1000
 """Of the judge, above the study's first: no network under test is made from it."""
+_ANY = FilterConfig(min_points=0, min_strokes=0, max_points=sys.maxsize, max_strokes=sys.maxsize)
+"""Labelled pairs are not filtered either."""
 
 
 W = TypeVar("W", bound=Work)
@@ -209,6 +214,8 @@ class Plan:
         self, by: Drawer, drawer: Train | None, config: JointTraining, cell: Cell, samples: int
     ) -> Draw:
         """The pool drawn once, filtered as joint training filters."""
+        if by == PEOPLE:
+            return self._people(cell)
         filters, temperature = config.filters, config.stream.temperature
         needs: list[str] = []
         sketcher, name = str(by), f"{cell.name}/drawn-by-{by}"
@@ -234,6 +241,21 @@ class Plan:
                 ),
                 teacher=teacher,
                 needs=tuple(needs),
+            )
+        )
+
+    def _people(self, cell: Cell) -> Draw:
+        """The hidden sketches of the pool's photos, all of them."""
+        name = f"{cell.name}/drawn-by-{PEOPLE}"
+        return self._add(
+            Draw(
+                name=name,
+                photos=cell.pool,
+                out=str(self.out / "pseudo" / name),
+                sketcher=PEOPLE,
+                config=SketchConfig(seed=cell.seed, keep="all", temperature=0.0, filters=_ANY),
+                teacher="",
+                pairs=cell.whole,
             )
         )
 

@@ -11,7 +11,7 @@ from sbir_ray.config import BEST_OF
 from sbir_ray.errors import UserError
 from sbir_ray.joint_config import JointTraining
 from sbir_ray.study.data import Cell
-from sbir_ray.study.judging import PEOPLE
+from sbir_ray.study.people import PEOPLE
 from sbir_ray.study.plan import Plan, Row, Variant
 from sbir_ray.study.work import TRACERS
 
@@ -101,7 +101,7 @@ def label_variants(base: JointTraining) -> list[Variant]:
 
 
 def usual_label_variants(base: JointTraining) -> list[Variant]:
-    """The controls, the generators, their drawings with contours, joint training."""
+    """The controls, the generators, their drawings with contours, joint training, the ceilings."""
     best = f"the best of {BEST_OF}"
     by_paper = [
         Variant(
@@ -133,6 +133,13 @@ def usual_label_variants(base: JointTraining) -> list[Variant]:
             negatives=True,
         ),
         JOINT,
+        Variant(PEOPLE, "people's hidden sketches (ceiling)", drawn=("people",)),
+        Variant(
+            "people-mixed",
+            "people's hidden sketches, contour tracing, and photos as negatives (ceiling)",
+            drawn=("people", "contours"),
+            negatives=True,
+        ),
     ]
 
 
@@ -173,7 +180,7 @@ def labels(
 
     Args:
         cells: of all shares and seeds. Where none of them has photos without sketches, the row is
-            that of the labelled pairs alone.
+            that of the labelled pairs alone; where none hides sketches, ceilings are left out.
         names, against: as of :func:`ablation`, at each share.
     """
     rows = []
@@ -181,7 +188,9 @@ def labels(
     variants = chosen(label_variants(plan.base), names or usual)
     for share, group in _groups(cells, lambda cell: cell.labels):
         for variant in variants:
-            if variant == SUPERVISED or all(cell.pool for cell in group):
+            pools = all(cell.pool for cell in group)
+            hiding = all(cell.labels < 1 for cell in group)
+            if variant == SUPERVISED or (pools and (hiding or PEOPLE not in variant.drawn)):
                 row = _row(plan, variant, group, against)
                 baseline = f"{row.baseline}-{share:g}" if row.baseline else ""
                 name = f"{variant.name}-{share:g}"

@@ -20,6 +20,7 @@ from sbir_ray.places import place
 from sbir_ray.runlog import Progress, versions, write_json_atomic
 from sbir_ray.strict import SCHEMA_VERSION
 from sbir_ray.study.intervals import Found
+from sbir_ray.study.people import PEOPLE, people_drew
 from sbir_ray.train.job import Job
 
 TRACERS = ("contours", "edges")
@@ -76,11 +77,13 @@ class Draw:
     out: str
     """PSEUDO folder."""
     sketcher: str
-    """One of :data:`TRACERS`, or a generator's RUN."""
+    """One of :data:`TRACERS`, ``people``, or a generator's RUN."""
     config: SketchConfig
     teacher: str
     """RUN of F that ranks the drawings, or ""."""
     needs: tuple[str, ...] = ()
+    pairs: str = ""
+    """PAIRS folder with people's sketches of the photos."""
     cost = SEARCH_COST
     spent = 0
 
@@ -93,9 +96,13 @@ class Draw:
         """Draw what is left. Needs a Ray that is up."""
         from sbir_ray.stream.sketching import sketch
 
+        photos, out = place(self.photos), place(self.out)
+        if self.sketcher == PEOPLE:
+            people_drew(photos, place(self.pairs), out, self.config)
+            return
         sketch(
-            place(self.photos),
-            place(self.out),
+            photos,
+            out,
             self.sketcher,
             self.config,
             teacher=place(self.teacher) if self.teacher else None,

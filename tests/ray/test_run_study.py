@@ -12,6 +12,7 @@ from sbir_ray.data.photo_set import PhotoSet
 from sbir_ray.errors import UserError
 from sbir_ray.joint_config import ScheduleConfig, StreamConfig
 from sbir_ray.runlog import Progress
+from sbir_ray.stream.pseudo_store import PseudoSet
 from sbir_ray.study.run import Request, run_study
 from tests.tiny import generator_config, joint_config, retrieval_config, tiny_pairs
 from tests.tiny_store import tiny_store
@@ -129,6 +130,23 @@ def test_a_killed_study_goes_on_and_repeats_nothing(tmp_path, pairs, cluster):
     more = run(dataclasses.replace(request, rows=("supervised", "negatives")), out)
     assert [row["name"] for row in more["rows"]] == ["supervised", "negatives"]
     assert {name: trained(out)[name] for name in after} == after
+
+
+def test_people_are_the_ceiling_of_those_who_draw(tmp_path, pairs, cluster):
+    request = Request(
+        study="labels", pairs=(pairs,), config=CONFIG, labels=(0.5,), seeds=1, rows=("people",)
+    )
+    out = tmp_path / "study"
+    found = run(request, out)
+    assert not found["failed"]
+    (row,) = found["rows"]
+    assert row["accuracy"]["acc@5"]["mean"] == 1
+    data = out / "data" / "labels-0.5" / "seed-0"
+    hidden = PairSet.load(data / "pairs" / "hidden", "train", 32).photo_ids
+    pool = PhotoSet.load(data / "photos", 32).photo_ids
+    drawn = PseudoSet.load(out / "pseudo" / "labels-0.5" / "seed-0" / "drawn-by-people", 32)
+    assert drawn.photo_ids == sorted(set(hidden) & set(pool))
+    assert len(drawn.photo_ids) >= 4  # some of the shapes look alike
 
 
 def test_a_failed_run_is_told_and_stops_no_other(tmp_path, pairs, cluster):
