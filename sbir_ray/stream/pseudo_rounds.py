@@ -67,28 +67,37 @@ def read_shard(text: str) -> tuple[int, int]:
 class Writer:
     """Holds a PSEUDO folder: alone, or beside the other shards of the same round."""
 
-    def __init__(self, out: Path, shard: tuple[int, int], lock: IO[str] | None) -> None:
-        self.out, self.shard, self._lock = out, shard, lock
-        self.alone = lock is None or _locked(lock, fcntl.LOCK_EX)
+    def __init__(
+        self, out: Path, shard: tuple[int, int], lock: IO[str] | None, turn: IO[str] | None
+    ) -> None:
+        self.out, self.shard, self._lock, self._turn = out, shard, lock, turn
+        self.alone = True
         """Whether no other process writes: it may remove what it finds unfinished."""
-        if lock is None:
+        if lock is None or turn is None:
             return
+        # One at a time comes in: only where nobody is does it come in alone.
+        fcntl.flock(turn, fcntl.LOCK_EX)
         _, of = shard
+        self.alone = _locked(lock, fcntl.LOCK_EX)
         if self.alone:
             lock.truncate(0)
             lock.write(str(of))
             lock.flush()
-            return
-        beside = of > 1 and _locked(lock, fcntl.LOCK_SH)
-        lock.seek(0)
-        if not beside or lock.read() != str(of):
-            raise UserError(f"{out}: another run is writing it; wait for it or stop it")
+        else:
+            beside = of > 1 and _locked(lock, fcntl.LOCK_SH)
+            lock.seek(0)
+            if not beside or lock.read() != str(of):
+                raise UserError(f"{out}: another run is writing it; wait for it or stop it")
+        if of == 1:
+            fcntl.flock(turn, fcntl.LOCK_UN)
 
     def share(self) -> None:
-        """Let the other shards in, once the round has begun."""
-        if self._lock is not None and self.alone and self.shard[1] > 1:
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
-            self.alone = False
+        """Let the other shards in, once the round has begun: they wait for it."""
+        if self._lock is None or self._turn is None or self.shard[1] == 1:
+            return
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self.alone = False
+        fcntl.flock(self._turn, fcntl.LOCK_UN)
 
     @contextmanager
     def ending(self) -> Iterator[None]:
@@ -124,14 +133,17 @@ def writing(out: Path, shard: tuple[int, int]) -> Iterator[Writer]:
     if not is_local(out):
         if of > 1:
             raise UserError(f"{out}: --shard needs a folder that all jobs can lock; give a path")
-        yield Writer(out, shard, None)
+        yield Writer(out, shard, None, None)
         return
     out.mkdir(parents=True, exist_ok=True)
-    with (out / _LOCK).open("a+") as lock, (out / f"{_LOCK}-{part}-{of}").open("w") as mine:
-        writer = Writer(out, shard, lock)
-        if not _locked(mine, fcntl.LOCK_EX):
+    with (
+        (out / f"{_LOCK}-{part}-{of}").open("w") as mine,
+        (out / f"{_LOCK}-turn").open("w") as turn,
+        (out / _LOCK).open("a+") as lock,
+    ):
+        if of > 1 and not _locked(mine, fcntl.LOCK_EX):
             raise UserError(f"{out}: another run is writing shard {part}/{of}")
-        yield writer
+        yield Writer(out, shard, lock, turn)
 
 
 def _locked(lock: IO[str], how: int) -> bool:

@@ -5,6 +5,8 @@ import itertools
 import os
 import shutil
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -247,9 +249,6 @@ def test_a_run_that_another_one_would_disturb_is_refused(tmp_path, here):
             with pytest.raises(UserError, match="out: another run is writing it"):
                 sketch(store, out, FakeSpec(), CONFIG, shard=shard)
     with writing(out, (0, 2)) as first:
-        # Until it has begun the round.
-        with pytest.raises(UserError, match="another run is writing it"), writing(out, (1, 2)):
-            pass
         first.share()
         with writing(out, (1, 2)) as second:
             assert not second.alone
@@ -260,6 +259,45 @@ def test_a_run_that_another_one_would_disturb_is_refused(tmp_path, here):
             pass
     with writing(out, (1, 3)) as later:
         assert later.alone
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_shard_waits_until_the_first_has_begun_or_ended(tmp_path, begins):
+    alone, here, go = [], threading.Event(), threading.Event()
+
+    def second():
+        with writing(tmp_path / "out", (1, 2)) as writer:
+            alone.append(writer.alone)
+            here.set()
+            go.wait(30)
+
+    thread = threading.Thread(target=second)
+    try:
+        with writing(tmp_path / "out", (0, 2)) as first:
+            thread.start()
+            assert not here.wait(0.3)
+            if begins:
+                first.share()
+                assert here.wait(30)
+        assert here.wait(30)
+    finally:
+        go.set()
+        thread.join()
+    assert alone == [not begins]
+
+
+def test_shards_that_start_at_once_make_one_round(tmp_path, here):
+    store = tiny_store(tmp_path / "store", 22, shard=5)
+    sketch(store, tmp_path / "alone", FakeSpec(), CONFIG)
+    out = tmp_path / "out"
+
+    def draw(part):
+        sketch(store, out, FakeSpec(), CONFIG, shard=(part, 3))
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(draw, range(3)))
+    assert [entry["round"] for entry in read_header(out)["rounds"]] == [0]
+    assert rows_of(out) == rows_of(tmp_path / "alone")
 
 
 def test_a_shard_does_not_remove_what_another_one_draws(tmp_path, here):
