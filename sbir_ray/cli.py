@@ -16,7 +16,7 @@ import click
 
 import sbir_ray
 from sbir_ray import config as settings
-from sbir_ray import strict
+from sbir_ray import search_cli, strict
 from sbir_ray.checkpoint_cli import checkpoint
 from sbir_ray.cli_options import (
     FOLDER,
@@ -430,6 +430,8 @@ cli.add_command(train)
 cli.add_command(photos)
 cli.add_command(study)
 cli.add_command(tune)
+for _command in search_cli.COMMANDS:
+    cli.add_command(_command)
 
 
 if __name__ == "__main__":

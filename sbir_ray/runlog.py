@@ -26,13 +26,14 @@ from sbir_ray.places import is_local, remove_tree, sync, told, write_bytes
 
 # --------------------------------------------------------------------------- ledgers
 
-Kind = Literal["photos", "pseudo", "live"]
+Kind = Literal["photos", "pseudo", "live", "index"]
 
-_TOTAL: dict[Kind, str] = {"photos": "read", "pseudo": "drawn", "live": "drawn"}
+_TOTAL: dict[Kind, str] = {"photos": "read", "pseudo": "drawn", "live": "drawn", "index": "read"}
 _FATES: dict[Kind, tuple[str, ...]] = {
     "photos": ("stored", "duplicate", "leaked", "rejected", "failed", "quarantined"),
     "pseudo": ("kept", "filtered", "failed"),
     "live": ("used", "filtered", "stale", "in_flight"),
+    "index": ("indexed", "failed"),
 }
 _WITH_REASONS = ("rejected", "filtered", "failed")
 
@@ -43,8 +44,9 @@ class Ledger:
     ``photos``: read = stored + duplicate + leaked + rejected (by reason) + failed (by reason) +
     quarantined;
     ``pseudo``: drawn = kept + filtered (by reason) + failed (by reason); ``live``: drawn = used +
-    filtered (by reason) + stale + in flight. The total is given where the work is planned and the
-    fates where it comes back, so that the sum can fail.
+    filtered (by reason) + stale + in flight; ``index``: read = indexed + failed (by reason). The
+    total is given where the work is planned and the fates where it comes back, so that the sum can
+    fail.
     """
 
     def __init__(self, kind: Kind, total: int = 0) -> None:

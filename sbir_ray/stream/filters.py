@@ -26,6 +26,7 @@ from sbir_ray.errors import UserError
 from sbir_ray.stream.sketchers import Drawn
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from sbir_ray.models.retrieval import RetrievalNet
@@ -151,7 +152,7 @@ class TeacherRanker:
         self.model = model
         self.image_size = model.config.image_size
         self.device = next(model.parameters()).device
-        self.reference_RD = self._embed(model.embed_photos, reference_photos)
+        self.reference_RD = embedded(model.embed_photos, reference_photos, self.device)
         self.places: dict[bytes, list[int]] = defaultdict(list)
         """Where a photo is among the reference photos, by its pixels."""
         for place, photo_3SS in enumerate(reference_photos):
@@ -173,8 +174,9 @@ class TeacherRanker:
             photos_B3SS: aligned at the teacher's image size.
             sketches: B K of them, canonical, those of a photo side by side.
         """
-        photo_BD = self._embed(self.model.embed_photos, photos_B3SS)
-        sketch_MD = self._embed(self.model.embed_sketches, rasterise(sketches, self.image_size))
+        photo_BD = embedded(self.model.embed_photos, photos_B3SS, self.device)
+        rasters = rasterise(sketches, self.image_size)
+        sketch_MD = embedded(self.model.embed_sketches, rasters, self.device)
         each = len(sketches) // len(photos_B3SS)
         own_B = [self.places.get(_identity(photo_3SS), []) for photo_3SS in photos_B3SS]
         found: list[tuple[int, float]] = []
@@ -186,17 +188,19 @@ class TeacherRanker:
             found.append((1 + int(nearer_R.sum()), float(similarity)))
         return found
 
-    def _embed(self, network: Callable[[Tensor], Tensor], pictures: NDArray[np.uint8]) -> Tensor:
-        """Embeddings (N, D) of length one."""
-        import torch
 
-        # Copied, since what comes from Ray cannot be written to, of which torch would warn.
-        picture_N = torch.tensor(pictures)
-        # One at a time on a CPU, where a batch is no faster and may round differently.
-        at_once = _GPU_BATCH if self.device.type == "cuda" else 1
-        with torch.inference_mode():
-            groups = picture_N.split(at_once)
-            return torch.cat([network(group.to(self.device)) for group in groups])
+def embedded(
+    network: Callable[[Tensor], Tensor], pictures: NDArray[np.uint8], device: torch.device
+) -> Tensor:
+    """Embeddings (N, D) of length one; those of a picture do not depend on the others."""
+    import torch
+
+    # Copied, since what comes from Ray cannot be written to, of which torch would warn.
+    picture_N = torch.tensor(pictures)
+    # One at a time on a CPU, where a batch is no faster and may round differently.
+    at_once = _GPU_BATCH if device.type == "cuda" else 1
+    with torch.inference_mode():
+        return torch.cat([network(group.to(device)) for group in picture_N.split(at_once)])
 
 
 def _identity(photo_3SS: NDArray[np.uint8]) -> bytes:

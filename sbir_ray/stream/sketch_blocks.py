@@ -115,12 +115,18 @@ def _runs(shard: Path, drawn: NDArray[np.uint64] | None) -> list[tuple[int, int]
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
-def read_photos(plan: pa.Table, image_sizes: Sequence[int]) -> pa.Table:
+def read_photos(
+    plan: pa.Table, image_sizes: Sequence[int], columns: Sequence[str] = ("photo_id", "image")
+) -> pa.Table:
     """Task: the photos of one block, for each size S ``aligned_S`` as bytes (S, S, 3), or ``fault``
-    and none."""
+    and none.
+
+    Args:
+        columns: of the store, ``image`` among them.
+    """
     (entry,) = plan.to_pylist()
     runs = zip(entry["files"], entry["starts"], entry["stops"], strict=True)
-    rows = pa.concat_tables([_read_run(*run) for run in runs])
+    rows = pa.concat_tables([_read_run(*run, columns) for run in runs])
     aligned: dict[int, list[bytes | None]] = {size: [] for size in image_sizes}
     faults: list[str] = []
     digests: list[str] = []
@@ -143,13 +149,13 @@ def read_photos(plan: pa.Table, image_sizes: Sequence[int]) -> pa.Table:
     return rows.append_column("block", pa.array(block))
 
 
-def _read_run(file: str, start: int, stop: int) -> pa.Table:
-    """``photo_id`` and ``image`` of rows ``start`` to ``stop``, from the row groups they are in."""
+def _read_run(file: str, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
+    """Columns of rows ``start`` to ``stop``, from the row groups they are in."""
     with open_table(place(file)) as parquet:
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
         edges = np.cumsum([0, *sizes])
         groups = [i for i in range(len(sizes)) if edges[i] < stop and edges[i + 1] > start]
-        table = parquet.read_row_groups(groups, columns=["photo_id", "image"])
+        table = parquet.read_row_groups(groups, columns=list(columns))
         return table.slice(start - int(edges[groups[0]]), stop - start)
 
 

@@ -51,7 +51,7 @@ MAX_ERRORS = 0.5
 
 _FIRST = 64
 """Rows within which errors are not yet a rate."""
-_PICTURE = ("longest", "format", "quality")
+PICTURE = ("longest", "format", "quality")
 """Settings of a photo store that decide its pictures' pixels."""
 
 
@@ -221,7 +221,7 @@ def _request(
         "samples": config.samples,
         "teacher": ranker and ranker.digest,
         "reference": reference and digest({"ids": reference["photo_id"].to_pylist()}),
-        "pictures": {name: pictures.get(name) for name in _PICTURE},
+        "pictures": {name: pictures.get(name) for name in PICTURE},
     }
     return {
         "sketcher": author.name,
