@@ -9,6 +9,7 @@ sketches, the pool as negatives alone, and the hidden sketches themselves (the c
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -365,6 +366,13 @@ def _commands(stages: _Stages) -> list[str]:
     return [f"sbir-ray demo{quick} --seed {stages.identity['seed']} --out DIR"]
 
 
+def _drawing_commands(out: Path) -> list[str]:
+    """What makes the page on which the demo's photos are found by drawings."""
+    index = out / "index"
+    make = ["sbir-ray", "index", out / "runs" / "semi", "--photos", out / "photos", "--out", index]
+    return [shlex.join(map(str, make)), shlex.join(["sbir-ray", "serve", str(index)])]
+
+
 def _result(
     found: dict[str, Evaluation],
     differences: dict[str, Difference],
@@ -387,6 +395,7 @@ def _result(
         f"{m.queries} sketches, {m.gallery} photos; differences of acc@1 to supervised with 95% "
         "intervals over photos, one training run each.",
         f"Report: {page}",
+        "Draw yourself: " + " && ".join(_drawing_commands(page.parent)),
     ]
     return {
         "accuracy": {name: e.metrics.to_json() for name, e in found.items()},

@@ -46,6 +46,7 @@ def test_it_says_what_the_numbers_are_of(finished):
     out, result, progress, _ = finished
     page = (out / "report.html").read_text()
     assert "aligned to the pixel" in result["text"]
+    assert f"sbir-ray serve {out / 'index'}" in result["text"]
     assert "aligned to the pixel" in page
     for section in ("Accuracy", "Learning curves", "Queries", "Pseudo sketches", "Timings"):
         assert section in page
