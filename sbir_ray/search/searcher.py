@@ -15,7 +15,7 @@ from sbir_ray.data.decoding import PhotoError
 from sbir_ray.data.photos import align_drawing, decode_grey, read_bytes
 from sbir_ray.data.raster import rasterise
 from sbir_ray.data.strokes import Strokes, canonical
-from sbir_ray.errors import UserError
+from sbir_ray.errors import SbirError, UserError
 from sbir_ray.runs import load_retrieval
 from sbir_ray.stream.filters import embedded
 from sbir_ray.stream.index_store import HEADER, Hit, Index
@@ -99,11 +99,14 @@ class Searcher:
 
     def refresh(self) -> bool:
         """Take up an index that was made anew since; False where it was made by other weights, so
-        that the old one stays in use."""
-        stamp = _stamp(self.index.folder)
-        if stamp == self._stamp:
+        that the old one stays in use, as it does where the folder is gone or just being changed."""
+        try:
+            stamp = _stamp(self.index.folder)
+            if stamp == self._stamp:
+                return self._fits
+            fresh = Index.open(self.index.folder)
+        except (SbirError, OSError):  # looked at again before the next search
             return self._fits
-        fresh = Index.open(self.index.folder)
         self._stamp = stamp
         self._fits = fresh.header["weights"] == self.weights
         if self._fits:

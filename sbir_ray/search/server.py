@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,7 +29,7 @@ from aiohttp import web
 
 from sbir_ray.data.formats import strokes_from_json
 from sbir_ray.data.strokes import Strokes
-from sbir_ray.errors import SbirError, UserError
+from sbir_ray.errors import UserError
 from sbir_ray.search.searcher import Searcher
 
 HOST = "127.0.0.1"
@@ -136,8 +137,9 @@ async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse
         response = _told(408, f"the request took longer than {SECONDS:g} s to arrive")
     except UserError as error:
         response = _told(400, str(error))
-    except SbirError as error:
-        response = _told(500, str(error))
+    except Exception as error:  # a fault of this program's: the server goes on
+        traceback.print_exc()
+        response = _told(500, f"{type(error).__name__}: see what `sbir-ray serve` printed")
     response.headers.update(_HEADERS)
     return response
 

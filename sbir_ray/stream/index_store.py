@@ -70,7 +70,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
     Raises:
         UserError: not an INDEX folder, or one of a newer version.
-        DamagedError: not JSON.
+        DamagedError: not JSON, or not whole.
     """
     file = folder / HEADER
     advice = "not an index; make one with `sbir-ray index`"
@@ -83,6 +83,8 @@ def read_header(folder: Path) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("kind") != "index":
         raise UserError(f"{folder}: {advice}")
     check_schema(header.get("schema_version"), str(file))
+    if missing := {"weights", "run", "dim", "parts"} - header.keys():
+        raise DamagedError(f"{file}: says no {min(missing)}; index the photos again")
     return header
 
 

@@ -51,8 +51,8 @@ def folder_of(path, parts, **changes):
         write_part(part(rows, start=start), path / f"part-{number}.arrow")
         entries.append({"file": f"part-{number}.arrow", "rows": len(rows)})
         start += len(rows)
-    header = {"schema_version": 1, "kind": "index", "weights": "w", "dim": 3, "parts": entries}
-    (path / HEADER).write_text(json.dumps({**header, **changes}))
+    header = {"schema_version": 1, "kind": "index", "weights": "w", "run": "r", "dim": 3}
+    (path / HEADER).write_text(json.dumps({**header, "parts": entries, **changes}))
     return path
 
 
@@ -138,6 +138,9 @@ def test_what_is_no_index_is_told(tmp_path):
         Index.open(out)
     folder_of(out, [np.eye(3)], schema_version=99)
     with pytest.raises(UserError, match=r"index\.json.*newer"):
+        Index.open(out)
+    (out / HEADER).write_text('{"kind": "index", "schema_version": 1, "dim": 3, "run": "r"}')
+    with pytest.raises(DamagedError, match=r"index\.json: says no parts; index the photos again"):
         Index.open(out)
     (out / HEADER).write_text("{")
     with pytest.raises(DamagedError, match=r"index\.json: not a JSON file"):

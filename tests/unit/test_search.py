@@ -120,6 +120,12 @@ def test_an_index_made_anew_is_taken_up_where_the_weights_are_the_same(made, tmp
     make(tiny_store(tmp_path / "more", 7), out, run)
     assert searcher.refresh()
     assert len(searcher.index) == 7
+    header = (out / "index.json").read_text()
+    (out / "index.json").write_text("{")  # as if it were read between two files
+    assert searcher.refresh()
+    (out / "index.json").unlink()
+    assert searcher.refresh()
+    (out / "index.json").write_text(header)
     make(tmp_path / "few", out, tiny_retrieval(tmp_path / "other", seed=1))
     for _ in range(2):
         assert not searcher.refresh()
@@ -288,6 +294,17 @@ def test_a_request_that_does_not_arrive_is_given_up(made, monkeypatch):
         )
         assert wire.recv(4096).startswith(b"HTTP/1.1 408 ")
         assert ask(port, "GET", "/api/index")[0] == 200
+
+
+def test_a_fault_of_the_program_is_told_and_the_server_goes_on(made, monkeypatch, capsys):
+    searcher = Searcher(made[0])
+    with Serving(searcher) as port, monkeypatch.context() as patch:
+        patch.setattr(searcher, "find", lambda *_: 1 / 0)
+        status, _, found = ask(port, "POST", "/api/search", {"strokes": LINE})
+        assert (status, list(found)) == (500, ["error"])
+        assert "ZeroDivisionError" in capsys.readouterr().err
+        patch.undo()
+        assert ask(port, "POST", "/api/search", {"strokes": LINE})[0] == 200
 
 
 def test_many_at_once_are_answered_or_turned_away(made, monkeypatch):

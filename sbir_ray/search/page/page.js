@@ -23,7 +23,8 @@ let asked = null; // AbortController of the search under way
 function kept() {
   try {
     const found = JSON.parse(sessionStorage.getItem(KEPT) ?? "[]");
-    return Array.isArray(found) ? found : [];
+    found.forEach((stroke) => stroke.forEach(([x, y]) => x.toFixed(1) + y.toFixed(1)));
+    return [...found];
   } catch {
     return [];
   }
