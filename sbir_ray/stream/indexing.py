@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -91,7 +91,7 @@ def index(
         UserError: the store or the run cannot be used, the actors do not fit into the cluster,
             ``out`` is in an object store or holds something else, another run writes it, its disk
             is full.
-        DamagedError: a part of the index cannot be read.
+        DamagedError: the run is damaged. What is damaged of the index is made again.
     """
     from sbir_ray.runs import load_retrieval
 
@@ -198,8 +198,9 @@ def _kept(out: Path, prefix: str, there: NDArray[np.uint64], dim: int) -> _Kept:
     the photos that are no more in the store."""
     listed: dict[str, int] = {}
     if (out / HEADER).exists():
-        header = read_header(out)
-        listed = {entry["file"]: header["dim"] for entry in header["parts"]}
+        with suppress(DamagedError):  # its parts are looked through as those of a killed run
+            header = read_header(out)
+            listed = {entry["file"]: header["dim"] for entry in header["parts"]}
     left = {file.name: dim for file in sorted(out.glob(f"{prefix}-*")) if file.name not in listed}
     there = np.sort(there)
     parts: list[Entry] = []

@@ -271,6 +271,11 @@ def test_a_damaged_part_is_made_again(tmp_path, run, inline):
     first.write_bytes(first.read_bytes()[:99])
     index(store, out, run)
     assert contents(out) == before
+    (out / HEADER).write_text("{")
+    inline.embedded.clear()
+    index(store, out, run)
+    assert contents(out) == before
+    assert not inline.embedded
 
 
 def test_what_cannot_be_an_index_is_refused(tmp_path, run, inline):
