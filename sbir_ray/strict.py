@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from sbir_ray.errors import UserError
+from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.places import place
 
 SCHEMA_VERSION = 1
@@ -140,6 +140,29 @@ def check_schema(found: object, where: str) -> None:
             f"{where}: schema_version {found} is newer than this program's {SCHEMA_VERSION}; "
             "upgrade sbir_ray to read it"
         )
+
+
+def read_kind(file: Path, kind: str, advice: str, again: str) -> dict[str, Any]:
+    """The header of a folder: JSON that names the ``kind`` of what lies beside it.
+
+    Args:
+        advice: what the folder is not, and how to make one.
+        again: what to do where the file is damaged.
+
+    Raises:
+        UserError: not such a folder, or one of a newer version.
+        DamagedError: not JSON.
+    """
+    try:
+        header = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file.parent}: {advice}") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{file}: not a JSON file; {again}") from error
+    if not isinstance(header, dict) or header.get("kind") != kind:
+        raise UserError(f"{file.parent}: {advice}")
+    check_schema(header.get("schema_version"), str(file))
+    return header
 
 
 def _build(cls: type[Any], values: Mapping[str, Any], path: str, where: str) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sbir_ray.config import RetrievalConfig
-from sbir_ray.stream import indexing
+from sbir_ray.stream import cluster, indexing
 from sbir_ray.stream.sketch_blocks import read_photos
 from sbir_ray.train.job import Job
 from sbir_ray.train.loop import fit
@@ -50,7 +50,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> Inline:
     """Indexing without Ray."""
     pipeline = Inline()
     monkeypatch.setattr(indexing, "_pipeline", pipeline)
-    monkeypatch.setattr(indexing, "ensure_fits", lambda *_, **__: 2)
+    monkeypatch.setattr(cluster, "ensure_fits", lambda *_, **__: 2)
     monkeypatch.setattr(indexing, "quiet_data", lambda: None)
     monkeypatch.setattr(indexing, "_BATCH", 4)
     return pipeline
@@ -60,7 +60,7 @@ def make(store: Path, out: Path, run: Path) -> Path:
     """The index of a store, made without Ray."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexing, "_pipeline", Inline())
-        patch.setattr(indexing, "ensure_fits", lambda *_, **__: 2)
+        patch.setattr(cluster, "ensure_fits", lambda *_, **__: 2)
         patch.setattr(indexing, "quiet_data", lambda: None)
         indexing.index(store, out, run)
     return out

@@ -28,7 +28,7 @@ from sbir_ray.data.photos import PHOTO_SCHEMA, PhotoRow
 from sbir_ray.data.strokes import Strokes, unflatten
 from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.places import open_table, place
-from sbir_ray.strict import SCHEMA_VERSION, check_schema
+from sbir_ray.strict import SCHEMA_VERSION, read_kind
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -162,15 +162,7 @@ def read_header(folder: str | Path) -> dict[str, Any]:
     folder = place(folder)
     file = folder / _HEADER
     advice = "not a PAIRS folder; make one with `sbir-ray pairs import`"
-    try:
-        header = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{folder}: {advice}") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{file}: not a JSON file; make the folder again") from error
-    if not isinstance(header, dict) or header.get("kind") != "pairs":
-        raise UserError(f"{folder}: {advice}")
-    check_schema(header.get("schema_version"), str(file))
+    header = read_kind(file, "pairs", advice, "make the folder again")
     for table in (_PHOTOS, _SKETCHES):
         if not (folder / table).is_file():
             raise DamagedError(f"{folder / table}: is missing; make the folder again")

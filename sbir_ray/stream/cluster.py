@@ -133,6 +133,37 @@ def ensure_request(found: Sequence[Node], request: Request) -> None:
         raise UnavailableError(line)
 
 
+def room_for_actors(
+    actors: tuple[int, int],
+    cpus: float,
+    gpus: float,
+    on: str,
+    *,
+    spare_cpus: float,
+    spare_gpus: float = 0.0,
+) -> int:
+    """How many of ``--actors`` the cluster could hold.
+
+    Args:
+        actors: the least and the most that are asked for; the others as of :func:`ensure_fits`.
+
+    Raises:
+        UserError: no such range, or the least do not fit.
+    """
+    least, most = actors
+    if not 1 <= least <= most:
+        raise UserError(f"--actors {least}:{most}: the least is 1, and not more than the most")
+    return ensure_fits(
+        cpus,
+        gpus,
+        least,
+        on=on,
+        what="--actors",
+        spare_cpus=spare_cpus,
+        spare_gpus=spare_gpus,
+    )
+
+
 def ensure_fits(
     cpus: float,
     gpus: float = 0.0,

@@ -8,7 +8,6 @@ header is replaced, and who had opened it before goes on with what that was.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sbir_ray.errors import DamagedError, UserError
+from sbir_ray.errors import DamagedError
 from sbir_ray.places import write_bytes
-from sbir_ray.strict import check_schema
+from sbir_ray.strict import read_kind
 
 HEADER = "index.json"
 _IN_MEMORY = 1 << 30
@@ -74,15 +73,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     """
     file = folder / HEADER
     advice = "not an index; make one with `sbir-ray index`"
-    try:
-        header = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{folder}: {advice}") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{file}: not a JSON file; index the photos again") from error
-    if not isinstance(header, dict) or header.get("kind") != "index":
-        raise UserError(f"{folder}: {advice}")
-    check_schema(header.get("schema_version"), str(file))
+    header = read_kind(file, "index", advice, "index the photos again")
     if missing := {"weights", "run", "dim", "parts"} - header.keys():
         raise DamagedError(f"{file}: says no {min(missing)}; index the photos again")
     return header

@@ -24,7 +24,7 @@ from sbir_ray.data.photos import store_header
 from sbir_ray.errors import DamagedError, UserError
 from sbir_ray.places import is_local
 from sbir_ray.runlog import Ledger, Progress, locked, versions, write_json_atomic
-from sbir_ray.stream.cluster import ensure_fits, quiet_data
+from sbir_ray.stream.cluster import quiet_data, room_for_actors
 from sbir_ray.stream.disk import disk_told
 from sbir_ray.stream.filters import embedded
 from sbir_ray.stream.fit import SPARE_SKETCH, sent_to
@@ -108,15 +108,8 @@ def index(
         "pictures": {name: settings.get(name) for name in PICTURE},
     }
     least, most = actors
-    if not 1 <= least <= most:
-        raise UserError(f"--actors {least}:{most}: the least is 1, and not more than the most")
-    room = ensure_fits(
-        cpus_per_actor,
-        gpus_per_actor,
-        least,
-        on=actor_resource,
-        what="--actors",
-        spare_cpus=SPARE_SKETCH,
+    room = room_for_actors(
+        actors, cpus_per_actor, gpus_per_actor, actor_resource, spare_cpus=SPARE_SKETCH
     )
     with disk_told(out), _writing(out):
         there = numbers_of(photo_ids(shards_of(photos)))

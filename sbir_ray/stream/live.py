@@ -29,9 +29,9 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from sbir_ray.errors import SbirError, UserError
+from sbir_ray.errors import SbirError
 from sbir_ray.joint_config import StreamConfig
-from sbir_ray.stream.cluster import ensure_fits
+from sbir_ray.stream.cluster import room_for_actors
 from sbir_ray.stream.exchange import Fate
 from sbir_ray.stream.filters import RankerSpec, reference_photos
 from sbir_ray.stream.fit import SPARE_LIVE, sent_to
@@ -123,14 +123,11 @@ class LiveStream:
         beside: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         least, most = actors
-        if not 1 <= least <= most:
-            raise UserError(f"--actors {least}:{most}: the least is 1, and not more than the most")
-        room = ensure_fits(
+        room = room_for_actors(
+            actors,
             cpus_per_actor,
             gpus_per_actor,
-            least,
-            on=actor_resource,
-            what="--actors",
+            actor_resource,
             spare_cpus=SPARE_LIVE + beside[0],
             spare_gpus=beside[1],
         )

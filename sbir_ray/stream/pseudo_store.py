@@ -9,7 +9,6 @@ header, can be another one than that which the rows were written with.
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from sbir_ray.places import open_table, place, read_table
 from sbir_ray.runlog import Ledger, write_json_atomic
 from sbir_ray.stream.filters import choose, refuse_without_effect
 from sbir_ray.stream.sketchers import Drawn
-from sbir_ray.strict import check_schema, digest, from_dict, to_dict
+from sbir_ray.strict import digest, from_dict, read_kind, to_dict
 
 PSEUDO_SCHEMA = pa.schema(
     [
@@ -92,15 +91,7 @@ def read_header(folder: str | Path) -> dict[str, Any]:
     """
     file = place(folder) / HEADER
     advice = "not a folder of pseudo pairs; make one with `sbir-ray sketch`"
-    try:
-        header = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{folder}: {advice}") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{file}: not a JSON file; make the folder again") from error
-    if not isinstance(header, dict) or header.get("kind") != "pseudo":
-        raise UserError(f"{folder}: {advice}")
-    check_schema(header.get("schema_version"), str(file))
+    header = read_kind(file, "pseudo", advice, "make the folder again")
     Ledger.from_json("pseudo", header["ledger"], str(file))
     return header
 

@@ -24,7 +24,7 @@ from sbir_ray.config import SketchConfig
 from sbir_ray.errors import SbirError, UserError
 from sbir_ray.places import count_rows, place, read_table
 from sbir_ray.runlog import Ledger, Progress, versions
-from sbir_ray.stream.cluster import ensure_fits, quiet_data
+from sbir_ray.stream.cluster import quiet_data, room_for_actors
 from sbir_ray.stream.disk import disk_told
 from sbir_ray.stream.filters import (
     RankerSpec,
@@ -141,15 +141,8 @@ def sketch(
     refuse_rank_above_all(config.filters, count)
     ranker = RankerSpec.of_run(teacher, spec.device, spec.threads) if teacher else None
     least, most = actors
-    if not 1 <= least <= most:
-        raise UserError(f"--actors {least}:{most}: the least is 1, and not more than the most")
-    room = ensure_fits(
-        cpus_per_actor,
-        gpus_per_actor,
-        least,
-        on=actor_resource,
-        what="--actors",
-        spare_cpus=SPARE_SKETCH,
+    room = room_for_actors(
+        actors, cpus_per_actor, gpus_per_actor, actor_resource, spare_cpus=SPARE_SKETCH
     )
     # All at once: Ray Data would add them one by one, each after some seconds.
     pool = ActorPoolStrategy(min_size=least, max_size=most, initial_size=min(most, room))

@@ -9,8 +9,12 @@ from sbir_ray.config import FilterConfig, SketchConfig
 from sbir_ray.data.pairs import PairSet, iter_photos
 from sbir_ray.data.photos import read_store
 from sbir_ray.errors import UserError
+from sbir_ray.joint_config import JointTraining
 from sbir_ray.stream.pseudo_store import HEADER, PseudoSet, read_header, rounds_of
+from sbir_ray.study import studies
+from sbir_ray.study.data import Cell
 from sbir_ray.study.people import people_drew
+from sbir_ray.study.plan import Plan
 from tests.pseudo_rows import rows_of
 from tests.tiny import tiny_pairs
 from tests.tiny_store import tiny_store
@@ -86,3 +90,33 @@ def test_a_pool_that_nobody_drew_is_told(tmp_path, pool):
     with pytest.raises(UserError, match=r"pool: .*pairs has no sketch of any of its photos"):
         people_drew(store, pairs, tmp_path / "pseudo", ALL)
     assert not (tmp_path / "pseudo").exists()
+
+
+# --------------------------------------------------------------------------- rows of a study
+
+
+def rows_of_share(tmp_path, labels, names):
+    """The plan and the rows of a share of labels."""
+    base = JointTraining(filters=FilterConfig(min_certainty=0.5))
+    plan = Plan(tmp_path, base, "val")
+    cell = Cell(labels, 0, "labelled", "pairs", "pool", 60)
+    return plan, {row.name: row for row in studies.labels(plan, [cell], names)}
+
+
+def test_ceilings_have_people_where_the_others_have_a_sketcher(tmp_path):
+    names = ("people", "contours", "people-mixed", "mixed")
+    plan, rows = rows_of_share(tmp_path, 0.2, names)
+    jobs = {
+        name: plan.work[plan.work[rows[f"{name}-0.2"].found[0]].needs[0]].jobs[0] for name in names
+    }
+    drawn = plan.work["labels-0.2/seed-0/drawn-by-people"]
+    assert (drawn.sketcher, drawn.photos, drawn.pairs) == ("people", "pool", "pairs")
+    assert drawn.config.filters.min_certainty == 0
+    assert jobs["people"].config == jobs["contours"].config
+    assert {**jobs["contours"].inputs, "pseudo": drawn.out} == jobs["people"].inputs
+    assert jobs["people-mixed"].config == jobs["mixed"].config
+    assert {**jobs["mixed"].inputs, "pseudo": drawn.out} == jobs["people-mixed"].inputs
+
+
+def test_no_ceiling_where_no_sketch_is_hidden(tmp_path):
+    assert list(rows_of_share(tmp_path, 1.0, ("contours", "people"))[1]) == ["contours-1"]

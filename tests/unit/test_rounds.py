@@ -14,7 +14,7 @@ import pytest
 from sbir_ray.config import FilterConfig, SketchConfig
 from sbir_ray.errors import UserError
 from sbir_ray.runlog import write_json_atomic
-from sbir_ray.stream import sketching
+from sbir_ray.stream import cluster, sketching
 from sbir_ray.stream.pseudo_rounds import forget_old, read_shard, writing
 from sbir_ray.stream.pseudo_store import iter_rows, read_header
 from sbir_ray.stream.sketch_actor import SketchActor, write_rows
@@ -44,7 +44,7 @@ class Here:
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr(sketching, "_pipeline", Here)
-    monkeypatch.setattr(sketching, "ensure_fits", lambda *_, **__: 2)
+    monkeypatch.setattr(cluster, "ensure_fits", lambda *_, **__: 2)
     monkeypatch.setattr(sketching, "quiet_data", lambda: None)
 
 

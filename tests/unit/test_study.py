@@ -260,27 +260,6 @@ def test_drawings_and_contours_are_mixed_and_the_teacher_chooses_among_drawings(
     assert alone.jobs[0].inputs["pseudo"] == drawn.out
 
 
-def test_ceilings_have_people_where_the_others_have_a_sketcher(tmp_path):
-    plan = plan_of(tmp_path, dataclasses.replace(BASE, filters=FilterConfig(min_certainty=0.5)))
-    rows = {row.name: row for row in studies.labels(plan, cells(labels=0.2))}
-    jobs = {
-        name: plan.work[plan.work[rows[f"{name}-0.2"].found[0]].needs[0]].jobs[0]
-        for name in ("people", "contours", "people-mixed", "mixed")
-    }
-    drawn = plan.work["labels-0.2/seed-0/drawn-by-people"]
-    assert (drawn.sketcher, drawn.photos, drawn.pairs) == ("people", "pool", "pairs")
-    assert drawn.config.filters.min_certainty == 0
-    assert jobs["people"].config == jobs["contours"].config
-    assert {**jobs["contours"].inputs, "pseudo": drawn.out} == jobs["people"].inputs
-    assert jobs["people-mixed"].config == jobs["mixed"].config
-    assert {**jobs["mixed"].inputs, "pseudo": drawn.out} == jobs["people-mixed"].inputs
-
-
-def test_no_ceiling_where_no_sketch_is_hidden(tmp_path):
-    rows = studies.labels(plan_of(tmp_path), cells(labels=1.0), ("contours", "people"))
-    assert [row.name for row in rows] == ["contours-1"]
-
-
 def test_numbers_of_photos_begin_with_none_of_them(tmp_path):
     plan = plan_of(tmp_path)
     several = [

@@ -198,6 +198,7 @@ function tell(text, bad = false) {
 
 async function search() {
   asked?.abort();
+  asked = null;
   if (!strokes.length) {
     show([]);
     tell("Draw something.");
